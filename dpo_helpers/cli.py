@@ -1,0 +1,184 @@
+"""The command line: `python -m dpo_helpers all --profile mini` does headless what the notebooks do."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .errors import CourseError
+from .settings import PROFILES, Settings, load_settings, parse_value
+
+app = typer.Typer(
+    help="Direct Preference Optimization by doing it: the steps of the course, headless.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+
+def _option(name: str, kind: str, meaning: str) -> inspect.Parameter:
+    python: Any = bool if kind.startswith("bool") else str
+    if name == "profile":
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=os.environ.get("DPO_PROFILE", "mini"),
+            annotation=Annotated[str, typer.Option(help=meaning)],
+        )  # fmt: skip
+    defaults = "; ".join(f"{p}: {_show(getattr(s, name))}" for p, s in PROFILES.items())
+    option = typer.Option(
+        help=f"{meaning} [{defaults}]", show_default=False, metavar=kind.split("[")[0].split(" ")[0].upper()
+    )
+    annotation = Annotated[Optional[python], option]  # noqa: UP045  # typer reads this form on Python 3.10 too
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{v:g}" for v in value)
+    return "-" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def step(run: Callable[..., None]) -> Callable[..., None]:
+    """Register a command that takes every setting as an option; `run` gets the Settings and its own options.
+
+    A CourseError becomes one line on standard error and exit status 2.
+    """
+    own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.name != "settings"]
+    options = [_option(f.name, str(f.type), f.metadata["help"]) for f in fields(Settings)]
+
+    def command(**given: Any) -> None:
+        own_values = {p.name: given.pop(p.name) for p in own}
+        try:
+            overrides = {
+                name: parse_value(name, value) if isinstance(value, str) else value
+                for name, value in given.items()
+                if value is not None and name != "profile"
+            }
+            # the command line beats DPO_PROFILE, which is this option's default
+            os.environ["DPO_PROFILE"] = given["profile"]
+            run(load_settings(given["profile"], **overrides), **own_values)
+        except CourseError as error:
+            typer.echo("error: " + " ".join(str(error).split()), err=True)
+            raise typer.Exit(2) from None
+
+    command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    app.command(run.__name__.rstrip("_").replace("_", "-"), help=inspect.getdoc(run))(command)
+    return run
+
+
+def _say_stage(stage: Any) -> None:
+    print(f"{stage.name}: {stage.folder}")
+
+
+@step
+def data(settings: Settings) -> None:
+    """Step 1: read, check, split and tokenise the preference pairs."""
+    from .steps import get_data
+
+    found = get_data(settings)
+    print(
+        f"data: {found.pairs.source}: {len(found.train)} training and {len(found.held_out)} held-out pairs, "
+        f"{len(found.pairs.dropped)} rows dropped ({settings.run_dir / 'data'})"
+    )
+
+
+@step
+def reference(settings: Settings) -> None:
+    """Step 2: the plain model and its log-probabilities."""
+    from .steps import get_base
+
+    _say_stage(get_base(settings))
+
+
+@step
+def sft(settings: Settings) -> None:
+    """Step 3: supervised fine-tuning on the chosen responses."""
+    from .steps import get_sft
+
+    _say_stage(get_sft(settings))
+
+
+@step
+def dpo(settings: Settings) -> None:
+    """Step 5: DPO training at the settings' beta."""
+    from .steps import get_dpo
+
+    _say_stage(get_dpo(settings))
+
+
+@step
+def sweep(settings: Settings) -> None:
+    """Step 6: DPO for every beta of the sweep."""
+    from .steps import get_sweep
+
+    for stage in get_sweep(settings).values():
+        _say_stage(stage)
+
+
+@step
+def generate(settings: Settings) -> None:
+    """Step 7: the same prompts through the three models, and the final model's folder."""
+    from .display import show_text
+    from .steps import get_final_model, get_generations
+
+    for name, responses in get_generations(settings).items():
+        if "/" not in name:
+            for response in responses:
+                show_text(f"[{name}]{response.prompt.splitlines()[-3]}", response.text)
+    print(f"final model: {get_final_model(settings)}")
+
+
+@step
+def report(settings: Settings) -> None:
+    """Evaluate all models; write results.json, figures/ and report.html."""
+    from .report import make_report
+
+    print(f"report: {make_report(settings)}")
+
+
+@step
+def all_(settings: Settings) -> None:
+    """All steps, then the report."""
+    for run in (data, reference, sft, dpo, sweep, generate, report):
+        run(settings)
+
+
+@step
+def course(
+    settings: Settings,
+    in_place: Annotated[bool, typer.Option(help="put outputs into notebooks/ itself, to regenerate them")] = False,
+) -> None:
+    """Execute the seven notebooks in order, then write the report: what `make course` runs."""
+    from .course import run_course
+
+    changed = {
+        f.name for f in fields(Settings)
+        if f.name != "runs_dir" and getattr(settings, f.name) != getattr(load_settings(settings.profile), f.name)
+    }  # fmt: skip
+    for name in changed:  # the notebooks read settings from the environment
+        value = getattr(settings, name)
+        os.environ[f"DPO_{name.upper()}"] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    run_course(settings, in_place=in_place)
+
+
+@app.command("build-mini")
+def build_mini_command(
+    out: Annotated[Path, typer.Option(help="folder for the model and tokenizer")] = Path("mini-model"),
+) -> None:
+    """Rebuild the embedded GPT-2 from nothing, as it ships in dpo_helpers/mini/model/."""
+    from .pretrain import build_mini
+
+    build_mini(out)
+
+
+def main() -> None:
+    """Entry point; Ctrl-C ends with status 130 and no traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished steps are kept; run the same command to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,71 @@
+"""Execute the notebooks in order, each in a kernel of its own: `python -m dpo_helpers course`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from tqdm.auto import tqdm
+
+from .checkpoints import write_text
+from .errors import CourseError
+from .report import make_report
+from .settings import Settings
+from .steps import FINAL_MODEL
+
+QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def notebooks_dir() -> Path:
+    """The course's notebooks/, here or in a folder above; raises CourseError if there is none."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "notebooks" / "01_data.ipynb").is_file():
+            return folder / "notebooks"
+    raise CourseError("no notebooks/ here or above: run this in a clone of the course")
+
+
+def execute(source: Path, target: Path, profile: str) -> float:
+    """Execute one notebook and save the result as `target`, also after an error; returns the seconds it took.
+
+    Raises CourseError naming the notebook, the cell and the error.
+    """
+    notebook = nbformat.read(source, as_version=4)
+    code = sum(cell.cell_type == "code" for cell in notebook.cells)
+    started = time.perf_counter()
+    with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
+        client = NotebookClient(
+            notebook, timeout=None, kernel_name="python3", record_timing=False,
+            resources={"metadata": {"path": str(source.parent)}},
+            on_cell_executed=lambda **_: bar.update(),
+        )  # fmt: skip
+        try:
+            client.execute(env={**os.environ, **QUIET, "DPO_PROFILE": profile})
+        except (CellExecutionError, DeadKernelError) as error:
+            done = sum(bool(cell.get("execution_count")) for cell in notebook.cells if cell.cell_type == "code")
+            last = [line for line in str(error).strip().splitlines() if line.strip()][-1]
+            raise CourseError(f"{source.name}, code cell {done}: {last}; see {target}") from error
+        finally:
+            notebook.metadata.pop("language_info", None)
+            write_text(target, nbformat.writes(notebook) + "\n")
+    return time.perf_counter() - started
+
+
+def run_course(settings: Settings, *, in_place: bool = False) -> None:
+    """Execute all notebooks and write the report; executed copies go to <run>/notebooks/.
+
+    in_place: also put the outputs into the committed notebooks, which is how they are regenerated.
+    """
+    sources = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    os.environ["DPO_RUNS_DIR"] = str(settings.run_dir.parent.resolve())
+    for number, source in enumerate(sources, start=1):
+        target = source if in_place else settings.run_dir / "notebooks" / source.name
+        seconds = execute(source, target, settings.profile)
+        print(f"{number}/{len(sources)}  {source.stem:22s} done in {seconds:5.0f} s", flush=True)
+    report = make_report(settings)
+    run = settings.run_dir
+    print(f"\nreport       {report}\nfigures      {run / 'figures'}\nresults      {run / 'results.json'}")
+    print(f"notebooks    {run / 'notebooks'}\nfinal model  {run / FINAL_MODEL}")

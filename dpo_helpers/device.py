@@ -1,0 +1,74 @@
+"""One place that picks the device and the precision, and reports both with the peak memory."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from .errors import SettingsError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how precisely to compute: `device` is a torch device, `precision` fp32, bf16 or fp16.
+
+    Weights stay float32; bf16 and fp16 apply to the matrix products inside `autocast()`.
+    """
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """A context in which models run in this precision."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales an fp16 loss so that small gradients do not vanish; does nothing in other precisions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def describe(self) -> str:
+        """Device and precision in words, such as "cuda (Tesla T4), fp16"."""
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        return f"{self.device.type}{name}, {self.precision}"
+
+
+def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
+    """The device and precision for settings "auto" or a name; raises SettingsError for one that is not there.
+
+    auto device: cuda, else mps, else cpu. auto precision on cuda: bf16 where the chip computes in it natively
+    (compute capability 8 and later; torch's is_bf16_supported also answers yes for emulation), else fp16 with
+    a GradScaler, as on a T4; elsewhere fp32.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device is 'cuda', but torch sees no CUDA GPU: use --device cpu, or auto")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError("device is 'mps', but this machine has none: use --device cpu, or auto")
+    native_bf16 = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    if precision == "auto":
+        precision = ("bf16" if native_bf16 else "fp16") if device == "cuda" else "fp32"
+    if precision == "fp16" and device != "cuda":
+        raise SettingsError(f"precision is 'fp16', but {device} has no fp16 training: use --precision fp32, or auto")
+    return Compute(torch.device(device), precision)
+
+
+def peak_memory_gb(compute: Compute) -> float:
+    """Peak memory in GB (10^9 bytes): of the GPU's allocator on cuda, else of this process."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(compute.device) / 1e9
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB

@@ -1,0 +1,111 @@
+"""Sample responses, so that a response depends on its prompt, its seed and the model, not on its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from .device import Compute
+from .tokens import encode_text
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response: its token ids (end-of-text included where it ended), text, and whether it ended."""
+
+    prompt: str
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+class _InverseTransform(LogitsProcessor):  # type: ignore[misc]
+    """Turns greedy decoding into sampling: keeps only the token at which the cumulative probability passes u.
+
+    uniforms: [N, steps], one number in [0, 1) a row and step, fixed beforehand. So a row's sample does not
+    depend on the rows beside it, and two models that see the same u differ only where their distributions do.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float):
+        self.uniforms, self.temperature, self.step = uniforms, temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # [N, V]
+        u = self.uniforms[:, self.step, None].to(cumulative) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1)
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
+
+
+def row_uniforms(index: int, steps: int, seed: int) -> Tensor:
+    """The random numbers of the index-th prompt, [steps] float64 in [0, 1): a function of (seed, index)."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + 1)
+    return torch.rand(steps, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    compute: Compute,
+    seed: int = 0,
+    temperature: float = 1.0,
+    max_prompt_length: int = 128,
+    batch_size: int = 60,
+    name: str = "sampling",
+) -> list[Response]:
+    """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
+
+    Prompts longer than `max_prompt_length` tokens keep their last ones, as in training. Prompts of like length
+    share a batch, padded on the left. Runs transformers' `generate` with its cache.
+    """
+    encoded = [encode_text(tokenizer, prompt)[-max_prompt_length:] for prompt in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    responses: dict[int, Response] = {}
+    eos = tokenizer.eos_token_id
+    for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch"):
+        at = by_length[start : start + batch_size]
+        length = max(len(encoded[i]) for i in at)
+        ids = torch.tensor([[eos] * (length - len(encoded[i])) + encoded[i] for i in at])
+        mask = torch.tensor([[0] * (length - len(encoded[i])) + [1] * len(encoded[i]) for i in at])
+        processors = LogitsProcessorList()
+        if temperature > 0:
+            uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at]).to(compute.device)
+            processors.append(_InverseTransform(uniforms, temperature))
+        with compute.autocast():
+            out = model.generate(
+                input_ids=ids.to(compute.device), attention_mask=mask.to(compute.device), do_sample=False, num_beams=1,
+                max_new_tokens=max_new_tokens, logits_processor=processors, eos_token_id=eos, pad_token_id=eos,
+                temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+        for i, row in zip(at, out[:, length:].tolist(), strict=True):
+            ended = eos in row
+            row = row[: row.index(eos) + 1] if ended else row
+            responses[i] = Response(prompts[i], row, tokenizer.decode(row[:-1] if ended else row), ended)
+    return [responses[i] for i in range(len(prompts))]
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Share of different word n-grams among all of a set of texts (Li et al. 2016); nan if there are none."""
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repeated_share(text: str, n: int = 3) -> float:
+    """Share of a text's word n-grams that repeat an earlier one; 0 for a text without any."""
+    grams = _ngrams(text, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

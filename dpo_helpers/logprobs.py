@@ -1,0 +1,43 @@
+"""Log-probability of a response under a causal language model: the plain version that the lesson derives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tokens import PairBatch
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p(token t | tokens before t), for t = 1 … T-1.
+
+    logits: [N, T, V], any float dtype; ids: [N, T]. Returns [N, T-1] in float32 (float64 stays float64).
+    The logits at position t predict the token at t + 1, so both are shifted by one against each other.
+    The log-softmax runs in float32 whatever the precision of the model: in 16 bits it loses the small ones.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    log_p = logits[:, :-1].log_softmax(dim=-1)  # [N, T-1, V]
+    return log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def response_logprobs(logits: Tensor, ids: Tensor, response_mask: Tensor) -> Tensor:
+    """log p(response | prompt) of each row: the sum over response tokens, end-of-text included. Returns [N].
+
+    logits: [N, T, V]; ids: [N, T]; response_mask: [N, T] bool, True on response tokens.
+    Sum, not mean: the mean would divide beta by the length (Rafailov et al. 2023, eq. 7 has the sum).
+    """
+    return (token_logprobs(logits, ids) * response_mask[:, 1:]).sum(dim=-1)
+
+
+def pair_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """(log p(chosen | prompt), log p(rejected | prompt)) of a batch under `model`, each [B].
+
+    model: called as model(input_ids=, attention_mask=) and answers with .logits [2B, T, V].
+    """
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
+    sums = response_logprobs(logits, batch.ids, batch.response_mask)  # [2B]
+    chosen, rejected = sums.chunk(2)
+    return chosen, rejected

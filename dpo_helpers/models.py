@@ -1,0 +1,182 @@
+"""Load, freeze, hash and save causal language models and their tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import mini
+from .checkpoints import file_hash
+from .errors import ModelError, SettingsError
+from .hub import resolve_revision
+from .settings import EMBEDDED, Settings
+
+UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters: all, and those that train."""
+
+    total: int
+    trainable: int
+
+
+@contextmanager
+def _location(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Arguments of from_pretrained for the settings' model: what to load, from where, pinned."""
+    name = settings.model
+    path = Path(name)
+    if name == EMBEDDED:
+        with as_file(files("dpo_helpers").joinpath("mini/model")) as folder:
+            yield {"pretrained_model_name_or_path": str(folder)}
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; give --model an existing .gguf file")
+        try:
+            import gguf  # noqa: F401  # transformers reads GGUF through it
+        except ModuleNotFoundError as error:
+            raise ModelError("a .gguf model needs the gguf package: pip install 'dpo-helpers[gguf]'") from error
+        yield {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif path.is_dir():
+        _check_folder(path)
+        yield {"pretrained_model_name_or_path": str(path)}
+    else:
+        yield {
+            "pretrained_model_name_or_path": name,
+            "revision": resolve_revision(name, settings.model_revision, "model"),
+        }
+
+
+def _check_folder(path: Path) -> None:
+    if any(path.glob("*.safetensors")):
+        return
+    unsafe = [p.name for p in path.iterdir() if p.suffix in UNSAFE]
+    if unsafe:
+        raise ModelError(f"{path} holds {unsafe[0]}, which can run code when opened: convert it to safetensors first")
+    raise ModelError(f"{path} holds no weights: it needs model.safetensors beside config.json")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def load_model(settings: Settings) -> Any:
+    """The settings' model in float32 on the CPU, dropout off, as transformers' AutoModelForCausalLM.
+
+    Only safetensors and GGUF weights are read, and no code of a model's own is run. Raises ModelError where it
+    cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _location(settings) as where:
+        if "gguf_file" not in where:
+            where["use_safetensors"] = True
+        try:
+            # revision: in `where`, a commit, for a Hub model
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        except Exception as error:  # from_pretrained has no common base for what can go wrong
+            raise ModelError(
+                f"cannot load model {settings.model!r} ({_first_line(error)}); check --model, the network and "
+                "HF_HUB_OFFLINE, or use --profile mini, which needs no network"
+            ) from error
+    return model.eval()
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """The settings' tokenizer; it has an end-of-text token, or a ModelError is raised."""
+    from transformers import AutoTokenizer
+
+    with _location(settings) as where:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {settings.model!r} has no end-of-text token, which a response must end with"
+        )
+    return tokenizer
+
+
+def load_saved(folder: Path) -> Any:
+    """A model that a step saved, in float32 on the CPU, dropout off. A local folder: there is no revision."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save weights (safetensors, float32), configuration and tokenizer so that from_pretrained opens them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def blocks(model: Any) -> nn.ModuleList:
+    """The transformer blocks, first to last: the longest list of modules in the model (GPT-2: transformer.h)."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of transformer blocks to freeze")
+    return max(lists, key=len)
+
+
+def embeddings(model: Any) -> list[nn.Module]:
+    """The embeddings that the first block reads: of tokens and, where they are learned, of positions.
+
+    GPT-2 ties its output head to the token embedding: one tensor, so freezing one freezes the other.
+    """
+    return [module for module in model.base_model.children() if isinstance(module, nn.Embedding)]
+
+
+def freeze(model: Any, first_blocks: int, freeze_embeddings: bool = True) -> ParameterCount:
+    """Freeze blocks 0 … first_blocks-1 and, unless told otherwise, the embeddings; everything else trains.
+
+    Raises SettingsError if the model has fewer blocks. Returns the parameter counts.
+    """
+    stack = blocks(model)
+    if not 0 <= first_blocks <= len(stack):
+        raise SettingsError(f"freeze_layers is {first_blocks}, but the model has {len(stack)} blocks")
+    model.requires_grad_(True)
+    for module in (*stack[:first_blocks], *(embeddings(model) if freeze_embeddings else ())):
+        module.requires_grad_(False)
+    return count_parameters(model)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """All parameters and the trainable ones; a tensor that two modules share counts once."""
+    parameters = list(model.parameters())
+    return ParameterCount(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+
+
+def model_identity(settings: Settings) -> dict[str, Any]:
+    """What decides the weights that `load_model` gives: name and commit, or the sha256 of each local file."""
+    path = Path(settings.model)
+    if settings.model == EMBEDDED:
+        return {"name": EMBEDDED, "sha256": mini.fingerprint()}
+    if path.is_file():
+        return {"name": path.name, "sha256": file_hash(path)}
+    if path.is_dir():
+        _check_folder(path)
+        return {"name": path.name, "sha256": [file_hash(p) for p in sorted(path.glob("*.safetensors"))]}
+    return {"name": settings.model, "revision": settings.model_revision}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names and values of all weights: equal if and only if the weights are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""The report of a run: `results.json` for machines, `report.html` for people, the figures for both."""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from . import figures, mini
+from .checkpoints import write_text
+from .display import visible
+from .evaluation import Evaluation
+from .generation import Response
+from .runs import Stage, about
+from .settings import EMBEDDED, Settings
+from .steps import (
+    Data,
+    get_base,
+    get_comparison,
+    get_data,
+    get_dpo,
+    get_final_model,
+    get_generations,
+    get_sft,
+    get_sweep,
+    get_sweep_evaluations,
+)
+
+COLUMNS = {
+    "true_reward": "true reward",
+    "kl": "KL(π_θ‖π_ref)",
+    "reward_accuracy": "reward accuracy",
+    "chosen_reward": "chosen reward",
+    "rejected_reward": "rejected reward",
+    "reward_margin": "reward margin",
+    "chosen_logratio": "chosen log-ratio",
+    "length": "length",
+    "repeated_3grams": "repeated 3-grams",
+}
+
+
+def _model_record(evaluation: Evaluation, stage: Stage) -> dict[str, Any]:
+    facts = stage.manifest["about"]
+    return {
+        "beta": evaluation.beta,
+        "metrics": evaluation.metrics,
+        "weights_sha256": stage.weights_sha256,
+        "seconds": facts["seconds"],
+        "device": facts["device"],
+    }
+
+
+def best_possible(settings: Settings, data: Data) -> float | None:
+    """Expected accuracy of a judge who knows the true reward, on the held-out pairs; None where it is unknown."""
+    if settings.dataset != EMBEDDED:
+        return None
+    pairs = data.pairs.held_out
+    gaps = [mini.true_reward(p.prompt, p.chosen) - mini.true_reward(p.prompt, p.rejected) for p in pairs]
+    return mini.best_possible_accuracy(gaps)
+
+
+def collect_results(settings: Settings) -> dict[str, Any]:
+    """Everything that was measured in a run, as JSON values: settings, data, models, sweep."""
+    data = get_data(settings)
+    comparison, sweep = get_comparison(settings), get_sweep_evaluations(settings)
+    stages = {"reference": get_base(settings), "sft": get_sft(settings), "dpo": get_dpo(settings)}
+    return {
+        "about": about(settings),
+        "data": {
+            "source": data.pairs.source,
+            "sha256": data.sha256,
+            "training_pairs": len(data.train),
+            "held_out_pairs": len(data.held_out),
+            "dropped_rows": len(data.pairs.dropped),
+            "cut_pairs": sum(pair.was_cut for pair in (*data.train, *data.held_out)),
+            "best_possible_accuracy": best_possible(settings, data),
+        },
+        "models": {name: _model_record(e, stages[name]) for name, e in comparison.items()},
+        "sweep": {f"{b:g}": _model_record(sweep[b], s) for b, s in get_sweep(settings).items()},
+    }
+
+
+def draw_figures(settings: Settings) -> dict[str, str]:
+    """Draw every figure of the course into <run>/figures; returns each file's one-sentence summary."""
+    folder = settings.run_dir / "figures"
+    data = get_data(settings)
+    lengths = {part: [len(getattr(pair, part)) for pair in data.train] for part in ("prompt", "chosen", "rejected")}
+    comparison = get_comparison(settings)
+    return {
+        "01-lengths": figures.plot_lengths(lengths, folder),
+        "03-sft": figures.plot_sft(get_sft(settings).metrics, folder),
+        "04-gradient-weight": figures.plot_gradient_weight(folder),
+        "05-dpo-training": figures.plot_dpo(get_dpo(settings).metrics, folder),
+        "05-reward-kl": figures.plot_reward_kl(comparison, folder),
+        "06-beta-sweep": figures.plot_sweep(get_sweep_evaluations(settings), folder),
+        "07-text-measures": figures.plot_text_measures(comparison, folder),
+    }
+
+
+def _table(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    columns = {key: title for key, title in COLUMNS.items() if all(key in r["metrics"] for r in records.values())}
+    rows = [
+        {"name": name, "cells": [_with_error(record["metrics"], key) for key in columns]}
+        for name, record in records.items()
+    ]
+    return {"columns": list(columns.values()), "rows": rows}
+
+
+def _with_error(metrics: dict[str, float], key: str) -> str:
+    error = metrics.get(f"{key}_se")
+    return f"{metrics[key]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def _generation_rows(generations: dict[str, list[Response]]) -> list[dict[str, Any]]:
+    models = [name for name in generations if "/" not in name]
+    prompts = [r.prompt for r in generations[models[0]]]
+    return [
+        {"prompt": visible(p).strip(), "answers": [visible(generations[m][i].text).strip() for m in models]}
+        for i, p in enumerate(prompts)
+    ]
+
+
+def make_report(settings: Settings) -> Path:
+    """Write results.json, generations.json, figures/ and report.html of a run; returns the report's path.
+
+    The report is one file that needs no network: figures are inside, data and model text is escaped.
+    """
+    run = settings.run_dir
+    results = collect_results(settings)
+    summaries = draw_figures(settings)
+    generations = get_generations(settings)
+    get_final_model(settings)
+    images = [
+        {"data": base64.b64encode((run / "figures" / f"{name}.png").read_bytes()).decode(), "summary": summary}
+        for name, summary in summaries.items()
+    ]
+    template = files("dpo_helpers").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(template).render(
+        about=results["about"], data=results["data"], images=images, sweep=_table(
+            {f"β = {name}": record for name, record in results["sweep"].items()}
+        ), models=_table(results["models"]), generations=_generation_rows(generations),
+        hashes={name: record["weights_sha256"] for name, record in results["models"].items()},
+    )  # fmt: skip
+    plain = {key: [vars(r) for r in responses] for key, responses in generations.items()}
+    write_text(run / "generations.json", json.dumps(plain, indent=1) + "\n")
+    write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(run / "report.html", page)
+    return run / "report.html"

@@ -1,0 +1,126 @@
+"""A run on disk: artefacts that are loaded if they are there and valid, else made."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from .checkpoints import changed_keys, load_manifest, writing
+from .device import Compute, peak_memory_gb, pick_compute
+from .errors import ArtefactError
+from .evaluation import PairScores
+from .models import load_saved
+from .settings import Settings, as_dict
+from .training import MetricsRow
+
+METRICS = "metrics.jsonl"
+LOGPROBS = "logprobs.safetensors"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model of the comparison, on disk: its folder, the metrics of its training, and its manifest."""
+
+    name: str
+    folder: Path
+    metrics: list[MetricsRow]
+    manifest: dict[str, Any]
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the weights, as `models.weights_hash` gives it."""
+        return str(self.manifest["about"]["weights_sha256"])
+
+    def load(self, compute: Compute | None = None) -> Any:
+        """The model, in float32, dropout off, on the device of `compute` (the CPU without one)."""
+        model = load_saved(self.folder)
+        return model.to(compute.device) if compute else model
+
+    def scores(self, part: str) -> PairScores:
+        """Log-probabilities of the "train" or "held_out" pairs under this model, as stored with it."""
+        tensors = load_file(self.folder / LOGPROBS)
+        return PairScores(tensors[f"{part}_chosen"], tensors[f"{part}_rejected"])
+
+
+def open_stage(name: str, folder: Path) -> Stage:
+    """The stage in a folder that `artefact` returned."""
+    manifest = load_manifest(folder)
+    assert manifest is not None, f"{folder} is no artefact"
+    return Stage(name, folder, read_jsonl(folder / METRICS), manifest)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; none where there is no file."""
+    if not path.is_file():
+        return []
+    # not splitlines(): a text may hold other line separators than a newline
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@cache
+def _compute(device: str, precision: str) -> Compute:
+    return pick_compute(device, precision)
+
+
+def compute_of(settings: Settings) -> Compute:
+    """The device and precision that the settings ask for."""
+    return _compute(settings.device, settings.precision)
+
+
+def about(settings: Settings) -> dict[str, Any]:
+    """What is good to know of a run: settings, versions, device, peak memory in GB (10^9 bytes)."""
+    compute = compute_of(settings)
+    packages = ("dpo-helpers", "torch", "transformers", "datasets")
+    return {
+        "settings": as_dict(replace(settings, runs_dir="")),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "device": compute.describe(),
+        "peak_memory_gb": round(peak_memory_gb(compute), 2),
+    }
+
+
+def artefact(
+    settings: Settings, name: str, made_from: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+) -> Path:
+    """The folder of artefact `name`: as it is if it was made from the same, else made by `make`.
+
+    make: fills a temporary folder and returns facts for the manifest. An artefact that is damaged or was made
+    from something else is set aside, and a line says which file or setting it was.
+    """
+    folder = settings.run_dir / name
+    made_from = json.loads(json.dumps(dict(made_from)))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {folder.parent}: {error.strerror}; use another --runs-dir") from error
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        try:
+            manifest = load_manifest(folder)
+            if manifest and manifest["made_from"] == made_from:
+                return folder
+            if manifest:
+                changes = "; ".join(changed_keys(manifest["made_from"], made_from))
+                print(f"{name}: made anew, the earlier one is set aside ({changes})")
+        except ArtefactError as error:
+            print(f"{name}: {error}; made anew, what is left is set aside")
+        facts: dict[str, Any] = {}  # filled while the folder is written, put into the manifest at its end
+        started = time.perf_counter()
+        with writing(folder, made_from, facts) as temporary:
+            facts.update(make(temporary))
+            facts.update(about(settings), seconds=round(time.perf_counter() - started, 1))
+    return folder

@@ -1,0 +1,171 @@
+"""One training loop for SFT and DPO: what differs is the objective, a function from a batch to losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .device import Compute
+from .errors import TrainingError
+from .logprobs import pair_logprobs, response_logprobs
+from .losses import dpo_loss, sft_loss
+from .tokens import EncodedPair, PairBatch, batch_order, collate
+
+MetricsRow = dict[str, Any]
+
+
+class Objective(Protocol):
+    """What a step minimises: (model, batch, positions of its pairs) -> (losses [B], metrics, each [B])."""
+
+    def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses and metrics of a batch, one value a pair."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How to train: sizes and rates as in `settings.Settings`, of one step of the course."""
+
+    epochs: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    optimizer: str
+    warmup_steps: int
+    max_grad_norm: float
+    seed: int
+
+
+def sft_objective(model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood a token of the chosen responses; only the B chosen rows are run."""
+    size = len(batch.rows)
+    ids, mask, response = batch.ids[:size], batch.attention_mask[:size], batch.response_mask[:size]
+    logps = response_logprobs(model(input_ids=ids, attention_mask=mask).logits, ids, response)
+    return sft_loss(logps, response.sum(dim=-1)), {}
+
+
+@dataclass(frozen=True)
+class DPOObjective:
+    """The DPO loss against reference log-probabilities that were computed once.
+
+    reference_chosen, reference_rejected: log p_ref of every training pair, [n], float32, on the CPU.
+    """
+
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    beta: float
+
+    def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """DPO losses and the rewards of a batch, one value a pair; `pairs` picks the reference's values."""
+        chosen, rejected = pair_logprobs(model, batch)
+        at = list(pairs)
+        reference_chosen = self.reference_chosen[at].to(chosen.device)
+        reference_rejected = self.reference_rejected[at].to(chosen.device)
+        losses, chosen_reward, rejected_reward = dpo_loss(
+            chosen, rejected, reference_chosen, reference_rejected, beta=self.beta
+        )
+        return losses, {
+            "chosen_reward": chosen_reward,
+            "rejected_reward": rejected_reward,
+            "reward_margin": chosen_reward - rejected_reward,
+            "reward_accuracy": (chosen_reward > rejected_reward).float(),
+        }
+
+
+def make_optimizer(name: str, parameters: list[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """RMSprop with PyTorch's defaults, as EM and the study use it, or AdamW without weight decay.
+
+    RMSprop divides by a running mean of squared gradients that starts at 0 and is not corrected for it: its
+    first update is about ten times the learning rate in each weight. That is what the warm-up is for.
+    """
+    if name == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=learning_rate)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Share of the learning rate at update `step` (from 0): (step + 1)/(warmup_steps + 1), then 1 (EM)."""
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def train(
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    objective: Objective,
+    plan: TrainPlan,
+    compute: Compute,
+    *,
+    pad_id: int,
+    evaluate: Callable[[], MetricsRow] | None = None,
+    evaluations: int = 8,
+    name: str = "training",
+) -> list[MetricsRow]:
+    """Train the model's trainable parameters in place; returns the metrics, one row an update or evaluation.
+
+    A row holds step, epoch and split ("train" or "held_out"); training rows the batch means of loss and the
+    objective's metrics, grad_norm (before clipping), learning_rate, tokens and seconds. `evaluate` is called
+    before the first update, then about `evaluations` times at even distances, the last after the last update.
+    Raises TrainingError on a loss or gradient that is not finite, before the update would spoil the weights.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(plan.optimizer, parameters, plan.learning_rate)
+    scaler = compute.grad_scaler()
+    batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
+    every = max(1, len(batches) // evaluations)
+    rows: list[MetricsRow] = []
+
+    def evaluate_at(step: int, epoch: int) -> None:
+        if evaluate is not None:
+            rows.append({"step": step, "epoch": epoch, "split": "held_out", **evaluate()})
+
+    model.eval()  # dropout stays off: a log-probability that enters a loss must be the model's own
+    evaluate_at(0, 0)
+    bar = tqdm(batches, desc=name, unit="update")
+    for step, (epoch, at) in enumerate(bar):
+        started = time.perf_counter()
+        rate = plan.learning_rate * warmup_factor(step, plan.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        for micro in _micro_batches(pairs, at, plan.micro_batch_size):
+            batch = collate([pairs[i] for i in micro], pad_id).to(compute.device)
+            with compute.autocast():
+                losses, metrics = objective(model, batch, micro)
+            _require_finite("loss", losses, step, [pairs[i].index for i in micro])
+            scaler.scale(losses.sum() / len(at)).backward()  # type: ignore[no-untyped-call]
+            for key, value in {"loss": losses.detach(), **metrics}.items():
+                sums[key] = sums.get(key, 0.0) + value.sum().item() / len(at)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+        if not scaler.is_enabled():  # fp16's scaler meets an overflow by skipping the update and scaling less
+            _require_finite("gradient", norm, step, [pairs[i].index for i in at])
+        scaler.step(optimizer)
+        scaler.update()
+        row: MetricsRow = {"step": step + 1, "epoch": epoch, "split": "train", **sums}
+        row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
+        rows.append(row | {"seconds": time.perf_counter() - started})
+        bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{rate:.1e}")
+        if ((step + 1) % every == 0 and len(batches) - step - 1 >= every // 2) or step + 1 == len(batches):
+            evaluate_at(step + 1, epoch)
+    return rows
+
+
+def _micro_batches(pairs: Sequence[EncodedPair], at: list[int], size: int) -> Iterator[list[int]]:
+    """Split a batch into parts of `size` pairs of like length: less padding and memory, the same gradient."""
+    by_length = sorted(at, key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected)))
+    for start in range(0, len(at), size):
+        yield by_length[start : start + size]
+
+
+def _require_finite(what: str, values: Tensor, step: int, rows: list[int]) -> None:
+    if not torch.isfinite(values).all():
+        raise TrainingError(
+            f"the {what} is not finite at update {step + 1} (rows {', '.join(map(str, rows))}); the weights are as "
+            "before it: lower --learning-rate or use --precision fp32"
+        )

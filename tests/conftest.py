@@ -1,0 +1,71 @@
+"""Shared fixtures: a tiny random GPT-2, the embedded tokenizer, a settings factory, the shared data folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+for name in [key for key in os.environ if key.startswith("DPO_")]:
+    del os.environ[name]  # a setting from outside would change what the tests expect
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dpo_helpers.device import Compute
+from dpo_helpers.settings import load_settings
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def tiny_gpt2(seed: int = 0, vocab: int = 50, blocks: int = 3) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab, n_positions=64, n_embd=16, n_layer=blocks, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():  # GPT-2's initial weights are so small that all logits would be almost equal
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture
+def gpt2() -> GPT2LMHeadModel:
+    return tiny_gpt2()
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Compute:
+    return Compute(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from dpo_helpers.models import load_tokenizer
+
+    return load_tokenizer(load_settings("mini"))
+
+
+SMALL = {
+    "max_pairs": 24, "held_out_pairs": 12, "prompts": 4, "max_new_tokens": 6, "epochs": 1, "batch_size": 8,
+    "betas": (0.5, 5.0), "warmup_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The mini profile, cut down so that a step takes a second."""
+    return load_settings("mini", runs_dir=str(tmp_path / "runs"), **SMALL)
+
+
+@pytest.fixture(scope="session")
+def hh_slice() -> Path:
+    path = SHARED / "data/hh-rlhf/harmless-base-slice.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("real HH-RLHF pairs are not beside this checkout (../shared/data/hh-rlhf)")
+    return path

@@ -1,0 +1,91 @@
+"""Log-probabilities against hand-derived literals, a float64 loop, and transformers' own loss."""
+
+import math
+
+import torch
+
+from dpo_helpers.logprobs import pair_logprobs, response_logprobs, token_logprobs
+from dpo_helpers.tokens import EncodedPair, collate
+
+PAIRS = [
+    EncodedPair([4, 9, 2], [7, 7, 0], [3, 0]),
+    EncodedPair([8], [1, 5, 6, 30, 0], [11, 12, 0]),
+]
+
+
+def test_literal_with_three_tokens():
+    """Vocabulary of 3, logits ln 1, ln 2, ln 5 at each position: p = 1/8, 2/8, 5/8.
+
+    ids 0, 2, 1: token 1 is "2" with p 5/8, token 2 is "1" with p 2/8. Scored from position 1: ln(10/64).
+    """
+    logits = torch.tensor([1.0, 2.0, 5.0]).log().repeat(1, 3, 1)
+    ids = torch.tensor([[0, 2, 1]])
+    expected = torch.tensor([[math.log(5 / 8), math.log(2 / 8)]])
+    torch.testing.assert_close(token_logprobs(logits, ids), expected)
+    mask = torch.tensor([[False, True, True]])
+    torch.testing.assert_close(response_logprobs(logits, ids, mask), torch.tensor([math.log(10 / 64)]))
+    only_last = torch.tensor([[False, False, True]])
+    torch.testing.assert_close(response_logprobs(logits, ids, only_last), torch.tensor([math.log(2 / 8)]))
+
+
+def test_the_first_token_has_no_log_probability():
+    """A mask that starts at position 0 scores the same as one that starts at 1: nothing predicts the first."""
+    logits, ids = torch.randn(1, 4, 5), torch.tensor([[1, 2, 3, 4]])
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    later = everything.clone()
+    later[0, 0] = False
+    assert torch.equal(response_logprobs(logits, ids, everything), response_logprobs(logits, ids, later))
+
+
+def loop_oracle(model, prompt, response):
+    """One forward pass a token, no padding, no mask, in float64."""
+    total = 0.0
+    for t, token in enumerate(response):
+        logits = model(input_ids=torch.tensor([prompt + response[:t]])).logits[0, -1]
+        total += (logits - logits.logsumexp(0))[token].item()
+    return total
+
+
+def test_equal_to_a_token_by_token_loop_in_float64(gpt2):
+    model = gpt2.double()
+    with torch.no_grad():
+        chosen, rejected = pair_logprobs(model, collate(PAIRS, pad_id=0))
+        for i, pair in enumerate(PAIRS):
+            assert abs(chosen[i].item() - loop_oracle(model, pair.prompt, pair.chosen)) < 1e-12
+            assert abs(rejected[i].item() - loop_oracle(model, pair.prompt, pair.rejected)) < 1e-12
+    assert chosen.dtype == torch.float64
+
+
+def test_equal_to_transformers_loss(gpt2):
+    """transformers' language-model loss is the mean over unmasked labels: times their number it is our sum."""
+    for pair in PAIRS:
+        ids = torch.tensor([pair.prompt + pair.chosen])
+        labels = torch.tensor([[-100] * len(pair.prompt) + pair.chosen])
+        with torch.no_grad():
+            expected = -gpt2(input_ids=ids, labels=labels).loss.item() * len(pair.chosen)
+            got, _ = pair_logprobs(gpt2, collate([pair], pad_id=0))
+        assert abs(got.item() - expected) < 1e-4
+
+
+def test_padding_and_neighbours_change_nothing(gpt2):
+    with torch.no_grad():
+        together, _ = pair_logprobs(gpt2, collate(PAIRS, pad_id=0))
+        alone = [pair_logprobs(gpt2, collate([pair], pad_id=0))[0].item() for pair in PAIRS]
+    torch.testing.assert_close(together, torch.tensor(alone), atol=1e-5, rtol=0)
+
+
+def test_changing_the_chosen_response_leaves_the_rejected_one_alone(gpt2):
+    other = EncodedPair(PAIRS[0].prompt, [7, 8, 0], PAIRS[0].rejected)
+    with torch.no_grad():
+        chosen, rejected = pair_logprobs(gpt2, collate([PAIRS[0]], pad_id=0))
+        other_chosen, other_rejected = pair_logprobs(gpt2, collate([other], pad_id=0))
+    assert torch.equal(rejected, other_rejected)
+    assert not torch.equal(chosen, other_chosen)
+
+
+def test_sixteen_bit_logits_are_summed_in_float32():
+    logits = torch.zeros(1, 300, 50, dtype=torch.bfloat16)
+    ids, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 300, dtype=torch.bool)
+    got = response_logprobs(logits, ids, mask)
+    assert got.dtype == torch.float32
+    assert abs(got.item() + 299 * math.log(50)) < 1e-2

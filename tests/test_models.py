@@ -1,0 +1,140 @@
+import shutil
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dpo_helpers.errors import CourseError, ModelError, SettingsError
+from dpo_helpers.models import (
+    blocks,
+    count_parameters,
+    freeze,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    model_identity,
+    save_model,
+    weights_hash,
+)
+from dpo_helpers.settings import load_settings
+
+
+def test_what_trains_in_gpt2_with_eight_frozen_blocks():
+    """d = 768: 4 blocks of 12 d² + 13 d = 7,087,872, and the final layer norm, 2 d: 28,353,024 of 124,439,808."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    counts = freeze(model, 8)
+    assert (counts.total, counts.trainable) == (124_439_808, 28_353_024)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in trainable if ".h." in name} == {"8", "9", "10", "11"}
+    assert not model.lm_head.weight.requires_grad, "the head is tied to the frozen embedding"
+
+
+def test_embeddings_can_be_left_free():
+    """50,257 tokens and 1,024 positions of 768 numbers more."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    assert freeze(model, 8, freeze_embeddings=False).trainable == 28_353_024 + (50_257 + 1_024) * 768
+    assert model.lm_head.weight.requires_grad
+
+
+def test_freezing_is_not_cumulative(gpt2):
+    everything = count_parameters(gpt2).total
+    freeze(gpt2, 3)
+    assert freeze(gpt2, 0, freeze_embeddings=False).trainable == everything
+
+
+def test_llama_blocks_and_untied_head():
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    freeze(model, 2)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[1] for name in frozen} == {"embed_tokens", "layers"}
+    assert len(blocks(model)) == 3
+    assert model.lm_head.weight.requires_grad
+
+
+def test_too_many_blocks(gpt2):
+    with pytest.raises(SettingsError, match="freeze_layers is 4, but the model has 3 blocks"):
+        freeze(gpt2, 4)
+
+
+def test_hash_sees_one_changed_weight(gpt2):
+    before = weights_hash(gpt2)
+    assert weights_hash(gpt2) == before
+    with torch.no_grad():
+        gpt2.transformer.h[1].mlp.c_fc.weight[3, 5] += 1e-6
+    assert weights_hash(gpt2) != before
+
+
+def test_save_and_reopen(gpt2, tokenizer, tmp_path):
+    save_model(gpt2, tokenizer, tmp_path / "m")
+    assert weights_hash(load_saved(tmp_path / "m")) == weights_hash(gpt2)
+    assert not list((tmp_path / "m").glob("*.bin"))
+    settings = load_settings("mini", model=str(tmp_path / "m"))
+    assert load_tokenizer(settings).encode("Human: Hi") == tokenizer.encode("Human: Hi")
+    assert model_identity(settings)["name"] == "m"
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(ModelError, match="holds no weights: it needs model.safetensors"):
+        load_model(load_settings("mini", model=str(tmp_path)))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin, which can run code when opened"):
+        load_model(load_settings("mini", model=str(tmp_path)))
+
+
+def test_truncated_weights(gpt2, tokenizer, tmp_path):
+    save_model(gpt2, tokenizer, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load model"):
+        load_model(load_settings("mini", model=str(tmp_path / "m")))
+
+
+def test_remote_code_is_not_run(gpt2, tokenizer, tmp_path):
+    """A model that names code of its own loads as plain GPT-2, and the code is not imported."""
+    import json
+
+    save_model(gpt2, tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Evil"}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    (tmp_path / "m/evil.py").write_text("raise SystemExit('remote code ran')")
+    assert type(load_model(load_settings("mini", model=str(tmp_path / "m")))).__name__ == "GPT2LMHeadModel"
+
+
+def test_missing_gguf(tmp_path):
+    with pytest.raises(ModelError, match="no such file; give --model an existing .gguf"):
+        load_model(load_settings("mini", model=str(tmp_path / "x.gguf")))
+
+
+@pytest.mark.parametrize("name", ["no/such/path/here", "../../x", "a b"])
+def test_neither_path_nor_hub_id(name):
+    with pytest.raises(CourseError, match="neither an existing path nor a Hub id"):
+        load_model(load_settings("mini", model=name))
+
+
+def test_a_short_revision_is_refused():
+    with pytest.raises(CourseError, match="must be a commit of 40 hex digits"):
+        load_model(load_settings("mini", model="some/model", model_revision="main"))
+
+
+def test_offline_hub_model_is_one_clear_error():
+    with pytest.raises(ModelError, match=r"cannot load model 'openai-community/gpt2'.*--profile mini"):
+        load_model(load_settings("gpt2"))
+
+
+def test_a_tokenizer_needs_an_end(gpt2, tokenizer, tmp_path):
+    save_model(gpt2, tokenizer, tmp_path / "m")
+    shutil.copy(tmp_path / "m/tokenizer.json", tmp_path / "t.json")
+    (tmp_path / "m/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "m/config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ModelError, match="has no end-of-text token"):
+        load_tokenizer(load_settings("mini", model=str(tmp_path / "m")))

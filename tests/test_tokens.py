@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_helpers.errors import DataError
+from dpo_helpers.hh import Pair
+from dpo_helpers.tokens import EncodedPair, batch_order, collate, encode_pair, epoch_order
+
+
+class Letters:
+    """One id a character; 0 ends a text."""
+
+    eos_token_id = 0
+
+    def encode(self, text, *, add_special_tokens=True):
+        assert not add_special_tokens
+        return [ord(c) - 96 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(i + 96) for i in ids)
+
+
+def encode(prompt, chosen, rejected, max_length=100, max_prompt_length=50):
+    return encode_pair(
+        Letters(), Pair(prompt, chosen, rejected), max_length=max_length, max_prompt_length=max_prompt_length
+    )
+
+
+def test_responses_end_with_exactly_one_end_of_text():
+    assert encode("ab", "c", "de") == EncodedPair([1, 2], [3, 0], [4, 5, 0])
+
+
+def test_a_pair_of_exactly_max_length_is_not_cut():
+    # 4 prompt tokens + 4 response tokens + end of text = 9
+    assert not encode("abcd", "efgh", "i", max_length=9, max_prompt_length=2).was_cut
+
+
+def test_truncation_keeps_the_end_of_the_prompt_then_cuts_responses():
+    # 4 + 5 = 9 > 8: the prompt keeps its last 2 tokens, so 6 are left for the responses, which fit
+    assert encode("abcd", "efgh", "i", max_length=8, max_prompt_length=2) == EncodedPair(
+        [3, 4], [5, 6, 7, 8, 0], [9, 0], prompt_cut=2
+    )
+    # now 3 are left: the chosen response loses "h" and its end, the rejected one keeps all
+    assert encode("abcd", "efgh", "i", max_length=5, max_prompt_length=2) == EncodedPair(
+        [3, 4], [5, 6, 7], [9, 0], prompt_cut=2, chosen_cut=2
+    )
+
+
+def test_a_short_prompt_is_not_lengthened_by_truncation():
+    assert encode("ab", "efgh", "i", max_length=5, max_prompt_length=4) == EncodedPair(
+        [1, 2], [5, 6, 7], [9, 0], chosen_cut=2
+    )
+
+
+def test_batch_literally():
+    batch = collate([EncodedPair([1], [2, 0], [3, 4, 0], 8), EncodedPair([5, 6], [7, 0], [0], 9)], pad_id=0)
+    assert batch.ids.tolist() == [[1, 2, 0, 0], [5, 6, 7, 0], [1, 3, 4, 0], [5, 6, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.response_mask.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 0]]
+    assert batch.rows == (8, 9)
+
+
+def test_masks_go_by_position_not_by_id():
+    # padding, a zero inside the prompt and the end of text are all id 0; only the last is scored
+    batch = collate([EncodedPair([0, 1], [2, 0], [3, 3, 3, 0])], pad_id=0)
+    assert batch.response_mask[0].tolist() == [False, False, True, True, False, False]
+    assert batch.attention_mask[0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_no_pairs_is_an_error():
+    with pytest.raises(DataError, match="at least one pair"):
+        collate([], pad_id=0)
+
+
+TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(prompt=TEXT, response=TEXT)
+def test_no_token_spans_the_boundary(tokenizer, prompt, response):
+    """Decoding the parts gives the parts: no token of the joined ids holds text of both."""
+    pair = encode_pair(tokenizer, Pair(prompt, response, response), max_length=1000, max_prompt_length=500)
+    assert tokenizer.decode(pair.prompt) == prompt
+    assert tokenizer.decode(pair.chosen[:-1]) == response
+    assert pair.chosen[-1] == tokenizer.eos_token_id
+
+
+def test_order_is_a_permutation_of_seed_and_epoch_alone():
+    torch.manual_seed(123)
+    first = epoch_order(20, seed=1, epoch=2)
+    torch.manual_seed(456)
+    assert epoch_order(20, seed=1, epoch=2) == first
+    assert sorted(first) == list(range(20))
+    assert epoch_order(20, seed=1, epoch=3) != first
+    assert epoch_order(20, seed=2, epoch=2) != first
+
+
+def test_batches_cover_every_pair_once_an_epoch():
+    batches = list(batch_order(10, batch_size=4, epochs=2, seed=0))
+    assert [epoch for epoch, _ in batches] == [0, 0, 0, 1, 1, 1]
+    assert [len(at) for _, at in batches] == [4, 4, 2, 4, 4, 2]
+    assert sorted(i for epoch, at in batches for i in at if epoch == 1) == list(range(10))

@@ -1,0 +1,190 @@
+"""The loop: warm-up and RMSprop by literals, accumulation by equality, honesty by what must not change."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import tiny_gpt2
+from dpo_helpers.errors import TrainingError
+from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.models import freeze, weights_hash
+from dpo_helpers.tokens import EncodedPair
+from dpo_helpers.training import DPOObjective, TrainPlan, make_optimizer, sft_objective, train, warmup_factor
+
+
+def pairs(n=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length):
+        return torch.randint(1, 50, (length,), generator=generator).tolist()
+
+    return [EncodedPair(draw(2 + i % 3), [*draw(1 + i % 5), 0], [*draw(2 + i % 4), 0], index=100 + i) for i in range(n)]
+
+
+PLAN = TrainPlan(
+    epochs=2, batch_size=4, micro_batch_size=4, learning_rate=1e-3, optimizer="rmsprop", warmup_steps=2,
+    max_grad_norm=10.0, seed=0,
+)  # fmt: skip
+
+
+def plan(**changes):
+    return TrainPlan(**{**vars(PLAN), **changes})
+
+
+def run(compute, objective_of=None, data=None, seed=0, **changes):
+    """Train a tiny policy against its own start; returns (policy, rows)."""
+    data = data or pairs()
+    policy = tiny_gpt2(seed)
+    freeze(policy, 1)
+    scores = score_pairs(policy, data, compute, pad_id=0)
+    objective = objective_of or DPOObjective(scores.chosen, scores.rejected, 0.5)
+    return policy, train(policy, data, objective, plan(**changes), compute, pad_id=0)
+
+
+def test_warmup_literals():
+    """(step + 1) / (warm-up + 1): with 4 steps 1/5, 2/5, 3/5, 4/5, then 1."""
+    assert [warmup_factor(s, 4) for s in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert warmup_factor(0, 0) == 1.0
+
+
+def test_learning_rates_of_a_run(cpu):
+    _, rows = run(cpu)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_first_rmsprop_step_is_ten_learning_rates():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer("rmsprop", [weight], 0.01)
+    weight.grad = torch.tensor([7.0])
+    optimizer.step()
+    assert weight.item() == pytest.approx(-0.1, rel=1e-4)
+
+
+def test_the_first_batch_has_loss_ln_2_and_no_reward(cpu):
+    _, rows = run(cpu)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["chosen_reward"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["rejected_reward"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["grad_norm"] > 1e-3
+
+
+def test_dropout_is_off_even_if_the_model_comes_in_training_mode(cpu):
+    data = pairs()
+    policy = tiny_gpt2()
+    scores = score_pairs(policy, data, cpu, pad_id=0)
+    policy.train()
+    rows = train(policy, data, DPOObjective(scores.chosen, scores.rejected, 0.5), PLAN, cpu, pad_id=0)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_dpo_learns_the_pairs(cpu):
+    _, rows = run(cpu, epochs=20)
+    assert rows[-1]["loss"] < 0.3
+    assert rows[-1]["reward_accuracy"] == 1.0
+
+
+def test_swapped_sides_teach_the_opposite(cpu):
+    data = pairs()
+    swapped = [EncodedPair(p.prompt, p.rejected, p.chosen, p.index) for p in data]
+    policy, _ = run(cpu, data=swapped, epochs=20)
+    before, after = score_pairs(tiny_gpt2(), data, cpu, pad_id=0), score_pairs(policy, data, cpu, pad_id=0)
+    assert ((after.chosen - before.chosen) < (after.rejected - before.rejected)).all()
+
+
+def test_only_the_unfrozen_blocks_and_the_last_norm_move(cpu):
+    policy, _ = run(cpu)
+    start = dict(tiny_gpt2().named_parameters())
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, start[name])}
+    assert {name.split(".")[1] for name in moved} == {"h", "ln_f"}
+    assert {name.split(".")[2] for name in moved if ".h." in name} == {"1", "2"}
+
+
+def test_micro_batches_give_the_same_run(cpu):
+    """A batch of 4 in one pass, or sorted by length in parts of 1 and 3: same losses, weights within rounding."""
+    whole, rows = run(cpu, optimizer="adamw")
+    for size in (1, 3):
+        parts, other = run(cpu, optimizer="adamw", micro_batch_size=size)
+        assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in rows], abs=1e-4)
+        assert [r["grad_norm"] for r in other] == pytest.approx([r["grad_norm"] for r in rows], rel=1e-2)
+        for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_same_settings_twice_are_bit_equal_and_another_seed_is_not(cpu):
+    first, rows = run(cpu)
+    torch.manual_seed(99)
+    second, other = run(cpu)
+    assert weights_hash(first) == weights_hash(second)
+    assert [r["loss"] for r in rows] == [r["loss"] for r in other]
+    assert weights_hash(run(cpu, seed=0, **{"batch_size": 3})[0]) != weights_hash(first)
+
+
+def test_gradients_are_clipped(cpu):
+    """After clipping no gradient is longer than max_grad_norm; the logged norm is the one before."""
+    norm = 1e-3
+    data = pairs()
+    policy = tiny_gpt2()
+    seen = []
+    objective = DPOObjective(torch.zeros(10), torch.zeros(10), 5.0)
+    hook = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        total = hook(parameters, max_norm)
+        seen.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+        return total
+
+    torch.nn.utils.clip_grad_norm_ = spy
+    try:
+        rows = train(policy, data, objective, plan(max_grad_norm=norm), cpu, pad_id=0)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = hook
+    assert max(seen) <= norm * 1.001
+    assert rows[0]["grad_norm"] > 10 * norm
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(cpu):
+    data = pairs(4)
+    policy = tiny_gpt2()
+    before = weights_hash(policy)
+    reference = torch.tensor([0.0, float("nan"), 0.0, 0.0])
+    with pytest.raises(TrainingError, match=r"the loss is not finite at update 1 \(rows .*101"):
+        train(policy, data, DPOObjective(reference, torch.zeros(4), 0.5), PLAN, cpu, pad_id=0)
+    assert weights_hash(policy) == before
+
+
+def test_a_non_finite_gradient_stops_before_the_update(cpu):
+    policy = tiny_gpt2()
+    before = weights_hash(policy)
+
+    def objective(model, batch, at):
+        losses, metrics = sft_objective(model, batch, at)
+        bad = model.transformer.ln_f.weight
+        return losses + (bad.sum() - bad.sum().detach()).clamp(min=0).sqrt(), metrics  # d√x at 0 is infinite
+
+    with pytest.raises(TrainingError, match="the gradient is not finite at update 1"):
+        train(policy, pairs(4), objective, PLAN, cpu, pad_id=0)
+    assert weights_hash(policy) == before
+
+
+def test_sft_runs_on_chosen_rows_only(cpu):
+    """Other tokens in every rejected response leave an SFT run bit-equal; its loss falls."""
+    data = pairs()
+    other = [EncodedPair(p.prompt, p.chosen, [49 for _ in p.rejected], p.index) for p in data]
+    policy, rows = run(cpu, sft_objective, data, epochs=10)
+    assert weights_hash(policy) == weights_hash(run(cpu, sft_objective, other, epochs=10)[0])
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+
+
+def test_evaluation_points(cpu):
+    calls = []
+
+    def evaluate():
+        calls.append(1)
+        return {"loss": 0.0}
+
+    rows = train(tiny_gpt2(), pairs(), sft_objective, plan(epochs=4), cpu, pad_id=0, evaluate=evaluate, evaluations=3)
+    held = [row["step"] for row in rows if row["split"] == "held_out"]
+    assert (held[0], held[-1]) == (0, 12)
+    assert held == sorted(set(held))
+    assert len(held) == len(calls) == 4
