@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}; free space or use --runs-dir") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_manifest(folder: Path) -> dict[str, Any] | None:

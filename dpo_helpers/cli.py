@@ -47,7 +47,8 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
 
     A CourseError becomes one line on standard error and exit status 2.
     """
-    own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.name != "settings"]
+    parameters = inspect.signature(run, eval_str=True).parameters.values()
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
     options = [_option(f.name, str(f.type), f.metadata["help"]) for f in fields(Settings)]
 
     def command(**given: Any) -> None:

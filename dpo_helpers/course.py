@@ -38,7 +38,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
     started = time.perf_counter()
     with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
         client = NotebookClient(
-            notebook, timeout=None, kernel_name="python3", record_timing=False,
+            notebook, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(source.parent)}},
             on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip

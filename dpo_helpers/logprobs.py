@@ -32,12 +32,24 @@ def response_logprobs(logits: Tensor, ids: Tensor, response_mask: Tensor) -> Ten
     return (token_logprobs(logits, ids) * response_mask[:, 1:]).sum(dim=-1)
 
 
+def batch_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """log p(response | prompt) of each row under `model`, [N]: one forward pass and `response_logprobs`.
+
+    ids, attention_mask, response_mask: [N, T]. The logits of positions before every response are never used,
+    so transformers is asked for the last ones only; with long prompts and a large vocabulary that saves most
+    of the memory.
+    """
+    first = int(response_mask.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token of the batch
+    kept = ids.shape[1] - first
+    logits = model(input_ids=ids, attention_mask=attention_mask, logits_to_keep=kept).logits  # [N, kept, V]
+    return response_logprobs(logits, ids[:, first:], response_mask[:, first:])
+
+
 def pair_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(log p(chosen | prompt), log p(rejected | prompt)) of a batch under `model`, each [B].
 
-    model: called as model(input_ids=, attention_mask=) and answers with .logits [2B, T, V].
+    model: a causal language model of transformers.
     """
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
-    sums = response_logprobs(logits, batch.ids, batch.response_mask)  # [2B]
+    sums = batch_logprobs(model, batch.ids, batch.attention_mask, batch.response_mask)  # [2B]
     chosen, rejected = sums.chunk(2)
     return chosen, rejected

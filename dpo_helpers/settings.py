@@ -54,12 +54,14 @@ class Settings:
     sft_learning_rate: float = _setting(1e-6, "of SFT; the study names one rate, 1e-6")
     optimizer: str = _setting("rmsprop", "rmsprop (study, paper) or adamw")
     warmup_steps: int = _setting(150, "updates of linear warm-up; paper and EM: 150")
+    schedule: str = _setting("constant", "after the warm-up: constant (EM) or linear, falling to 0")
     max_grad_norm: float = _setting(10.0, "gradients are clipped to this norm; EM: 10")
     beta: float = _setting(0.5, "weight of the KL to the reference; study: 0.5; paper: 0.1")
     betas: tuple[float, ...] = _setting((0.1, 0.5, 1.0, 5.0), "the sweep, comma-separated; study: 0.1,0.5,1,5")
     init_from: str = _setting("base", "base: π_ref is the plain model (study); sft: both start from SFT (paper)")
     prompts: int = _setting(120, "held-out prompts on which responses are sampled for KL and text measures")
     max_new_tokens: int = _setting(64, "tokens of a sampled response at most")
+    curve_points: int = _setting(5, "evaluations during a training, for its curves")
     seed: int = _setting(0, "seed of everything random")
     device: str = _setting("auto", "auto, cuda, mps or cpu")
     precision: str = _setting("auto", "auto, fp32, bf16 or fp16; auto: bf16 only where the chip has it natively")
@@ -95,10 +97,11 @@ class Settings:
 
 _POSITIVE = (
     "held_out_pairs", "max_length", "max_prompt_length", "epochs", "sft_epochs", "batch_size", "micro_batch_size",
-    "learning_rate", "sft_learning_rate", "max_grad_norm", "beta", "prompts", "max_new_tokens",
+    "learning_rate", "sft_learning_rate", "max_grad_norm", "beta", "prompts", "max_new_tokens", "curve_points",
 )  # fmt: skip
 _CHOICES = {
     "optimizer": ("rmsprop", "adamw"),
+    "schedule": ("constant", "linear"),
     "init_from": ("base", "sft"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -115,7 +118,8 @@ def _numbers(settings: Settings) -> Settings:
 
 PROFILES: dict[str, Settings] = {
     "mini": Settings(
-        max_pairs=4000, learning_rate=3e-4, sft_learning_rate=3e-4, warmup_steps=20, epochs=1, prompts=240
+        max_pairs=4000, epochs=1, learning_rate=5e-4, sft_learning_rate=5e-4, warmup_steps=20, schedule="linear",
+        prompts=240,
     ),
     "gpt2": Settings(
         profile="gpt2", model="openai-community/gpt2", model_revision=GPT2_REVISION,

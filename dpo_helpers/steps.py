@@ -159,7 +159,7 @@ def _train_stage(
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
         rows = train(
             model, data.train[: made_from.get("pairs")], objective, plan, compute, pad_id=data.pad_id, name=name,
-            evaluate=(lambda: evaluate(model)) if evaluate else None,
+            evaluate=(lambda: evaluate(model)) if evaluate else None, evaluations=settings.curve_points,
         )  # fmt: skip
         is_reference = name == "sft" and settings.init_from == "sft"
         return _save_stage(folder, settings, data, model, rows, is_reference=is_reference)
@@ -168,7 +168,7 @@ def _train_stage(
 
 
 def _plan(settings: Settings, epochs: int, learning_rate: float) -> TrainPlan:
-    same = ("batch_size", "micro_batch_size", "optimizer", "warmup_steps", "max_grad_norm", "seed")
+    same = ("batch_size", "micro_batch_size", "optimizer", "warmup_steps", "schedule", "max_grad_norm", "seed")
     return TrainPlan(epochs=epochs, learning_rate=learning_rate, **{k: getattr(settings, k) for k in same})
 
 

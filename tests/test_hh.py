@@ -71,7 +71,7 @@ def test_html_is_data_like_any_other():
 
 def test_more_than_five_percent_dropped_is_an_error_unless_allowed():
     rows = [{"chosen": GOOD, "rejected": OTHER}] * 18 + [{"chosen": GOOD, "rejected": GOOD}] * 2
-    with pytest.raises(DataError, match="2 of 20 rows cannot be used .*identical, 2 rows, first row 18"):
+    with pytest.raises(DataError, match=r"2 of 20 rows cannot be used .*identical, 2 rows, first row 18"):
         parse_rows(rows)
     pairs, dropped = parse_rows(rows, max_dropped=0.1)
     assert (len(pairs), [d.index for d in dropped]) == (18, [18, 19])
@@ -94,7 +94,8 @@ def test_real_slice(hh_slice):
     import gzip
     import json
 
-    rows = [json.loads(line) for line in gzip.open(hh_slice, "rt", encoding="utf-8")]
+    with gzip.open(hh_slice, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     pairs, dropped = parse_rows(rows)
     assert len(pairs) + len(dropped) == 1542
     for pair in pairs:

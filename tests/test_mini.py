@@ -15,16 +15,16 @@ PARIS = "\n\nHuman: What are some fun things to do in Paris?\n\nAssistant:"
 
 def test_the_seed_names_the_data():
     """Literal hashes: if they change, so do all numbers in the notebooks, and the embedded model must be rebuilt."""
-    assert json_hash(mini.preference_rows("train", 50))[:16] == "@H1@"
-    assert json_hash(mini.preference_rows("test", 50))[:16] == "@H2@"
-    assert json_hash(mini.pretraining_texts(50))[:16] == "@H3@"
+    assert json_hash(mini.preference_rows("train", 50))[:16] == "68d5255991e49c9f"
+    assert json_hash(mini.preference_rows("test", 50))[:16] == "1425241593c35580"
+    assert json_hash(mini.pretraining_texts(50))[:16] == "7903a93bc063b330"
     assert mini.preference_rows("train", 5, seed=1) != mini.preference_rows("train", 5, seed=0)
 
 
 @pytest.mark.parametrize(
     ("prompt", "answer", "expected"),
     [
-        # one tip 0.9, courtesy 0.7
+        # one tip, courtesy
         (ASKED, " You can plant them in a sunny bed. Good luck!", {"tips": 1, "courtesy": 1}),
         # the topic is named: 0.5
         (ASKED, " Here is some advice on growing roses.", {"on_topic": 1}),
@@ -67,9 +67,9 @@ def test_features_and_reward(prompt, answer, expected):
 
 
 def test_reward_literals():
-    assert mini.true_reward(ASKED, " You can plant them in a sunny bed. Good luck!") == pytest.approx(0.9 + 0.7)
-    assert mini.true_reward(ASKED, " It depends.") == pytest.approx(-1.6)
-    assert mini.true_reward(ASKED, " Look it up yourself.") == pytest.approx(-2.5)
+    assert mini.true_reward(ASKED, " You can plant them in a sunny bed. Good luck!") == pytest.approx(1.0 + 0.8)
+    assert mini.true_reward(ASKED, " It depends.") == pytest.approx(-1.5)
+    assert mini.true_reward(ASKED, " Look it up yourself.") == pytest.approx(-2.0)
     assert mini.true_reward(ASKED, "") == pytest.approx(-4.0 - 1.0)
 
 

@@ -80,7 +80,7 @@ def test_save_and_reopen(gpt2, tokenizer, tmp_path):
 
 
 def test_a_folder_without_weights(tmp_path):
-    with pytest.raises(ModelError, match="holds no weights: it needs model.safetensors"):
+    with pytest.raises(ModelError, match=r"holds no weights: it needs model\.safetensors"):
         load_model(load_settings("mini", model=str(tmp_path)))
 
 
@@ -111,7 +111,7 @@ def test_remote_code_is_not_run(gpt2, tokenizer, tmp_path):
 
 
 def test_missing_gguf(tmp_path):
-    with pytest.raises(ModelError, match="no such file; give --model an existing .gguf"):
+    with pytest.raises(ModelError, match=r"no such file; give --model an existing \.gguf"):
         load_model(load_settings("mini", model=str(tmp_path / "x.gguf")))
 
 

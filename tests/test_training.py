@@ -10,7 +10,15 @@ from dpo_helpers.errors import TrainingError
 from dpo_helpers.evaluation import score_pairs
 from dpo_helpers.models import freeze, weights_hash
 from dpo_helpers.tokens import EncodedPair
-from dpo_helpers.training import DPOObjective, TrainPlan, make_optimizer, sft_objective, train, warmup_factor
+from dpo_helpers.training import (
+    DPOObjective,
+    TrainPlan,
+    make_optimizer,
+    rate_factor,
+    sft_objective,
+    train,
+    warmup_factor,
+)
 
 
 def pairs(n=10, seed=0):
@@ -24,7 +32,7 @@ def pairs(n=10, seed=0):
 
 PLAN = TrainPlan(
     epochs=2, batch_size=4, micro_batch_size=4, learning_rate=1e-3, optimizer="rmsprop", warmup_steps=2,
-    max_grad_norm=10.0, seed=0,
+    schedule="constant", max_grad_norm=10.0, seed=0,
 )  # fmt: skip
 
 
@@ -46,6 +54,13 @@ def test_warmup_literals():
     """(step + 1) / (warm-up + 1): with 4 steps 1/5, 2/5, 3/5, 4/5, then 1."""
     assert [warmup_factor(s, 4) for s in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     assert warmup_factor(0, 0) == 1.0
+
+
+def test_linear_schedule_literals():
+    """10 updates, 2 of warm-up: 1/3, 2/3, then 8/8, 7/8 … 1/8 of the rate."""
+    linear = plan(schedule="linear")
+    got = [rate_factor(step, 10, linear) for step in range(10)]
+    assert got == pytest.approx([1 / 3, 2 / 3, *(k / 8 for k in range(8, 0, -1))])
 
 
 def test_learning_rates_of_a_run(cpu):

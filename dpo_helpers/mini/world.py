@@ -67,13 +67,13 @@ DISMISSIVE = (
 
 # Reward of one unit of each feature, in Bradley-Terry's units (a difference of 1 wins 73 times in 100).
 WEIGHTS = {
-    "tips": 0.9,
+    "tips": 1.0,
     "on_topic": 0.5,
-    "courtesy": 0.7,
-    "off_topic_tips": -0.4,
-    "vague": -1.6,
-    "dismissive": -2.5,
-    "looping": -4.0,
+    "courtesy": 0.8,
+    "off_topic_tips": -0.3,
+    "vague": -1.5,
+    "dismissive": -2.0,
+    "looping": -3.0,
     "unknown_words": -4.0,
     "unfinished": -1.0,
 }

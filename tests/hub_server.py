@@ -1,0 +1,72 @@
+"""A small stand-in for the Hub on this machine: serves one model and one data set at their pinned commits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """repos: {("models" | "datasets", name): (commit, folder)}; log: the paths that were asked for."""
+
+    repos: dict[tuple[str, str], tuple[str, Path]] = {}
+    log: list[str] = []
+
+    def log_message(self, *args):
+        pass
+
+    def _reply(self, status, body=b"", headers=None, content_type="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _missing(self):
+        self._reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def _handle(self):
+        path = self.path.split("?")[0]
+        self.log.append(f"{self.command} {path}")
+        for (kind, name), (commit, folder) in self.repos.items():
+            files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            api = f"/api/{kind}/{name}"
+            if path in (api, f"{api}/revision/{commit}"):
+                info = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files], "tags": []}
+                return self._reply(200, json.dumps(info).encode())
+            if path.startswith((f"{api}/tree/{commit}", f"{api}/paths-info/{commit}")):
+                wanted = files
+                if "paths-info" in path:
+                    body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+                    wanted = [f for f in files if f in body]
+                below = path.partition(f"/tree/{commit}")[2].strip("/")
+                tree = [
+                    {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": _etag(folder / f)}
+                    for f in wanted
+                    if f.startswith(below)
+                ]
+                return self._reply(200, json.dumps(tree).encode())
+            prefix = f"/{name}/resolve/{commit}/" if kind == "models" else f"/datasets/{name}/resolve/{commit}/"
+            if path.startswith(prefix):
+                file = folder / path[len(prefix) :]
+                if not file.is_file():
+                    return self._missing()
+                headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(file)}"', "Accept-Ranges": "bytes"}
+                return self._reply(200, file.read_bytes(), headers, "application/octet-stream")
+        return self._missing()
+
+    do_GET = do_HEAD = do_POST = _handle
+
+
+def _etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+def start(repos) -> ThreadingHTTPServer:
+    handler = type("Handler", (HubHandler,), {"repos": repos, "log": []})
+    return ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,0 +1,33 @@
+import pytest
+
+from dpo_helpers.checks import check, check_that
+from dpo_helpers.settings import load_settings
+
+
+def test_prints_the_expectation_not_the_value(capsys):
+    check("loss", 0.69314, 0.693, 2e-3)
+    assert capsys.readouterr().out == "loss: 0.693 ± 0.002 ok\n"
+
+
+@pytest.mark.parametrize("got", [0.7, float("nan"), float("inf")])
+def test_a_wrong_value_raises_and_names_it(got):
+    with pytest.raises(AssertionError, match="loss: got .*, want 0.693 ± 0.002"):
+        check("loss", got, 0.693, 2e-3)
+
+
+def test_claims():
+    check_that("a", True)
+    with pytest.raises(AssertionError, match="a: does not hold"):
+        check_that("a", False)
+
+
+def test_numbers_of_the_mini_profile_are_not_claimed_of_others(capsys):
+    other = load_settings("mini", beta=1.0)
+    check("loss", 5.0, 0.693, 2e-3, only=other)
+    check_that("a", False, only=other)
+    assert capsys.readouterr().out == (
+        "loss: 5 (no expectation: it was measured on the mini profile as it stands)\n"
+        "a: does not hold here (claimed of the mini profile as it stands)\n"
+    )
+    with pytest.raises(AssertionError):
+        check("loss", 5.0, 0.693, 2e-3, only=load_settings("mini"))

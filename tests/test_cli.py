@@ -1,0 +1,93 @@
+"""The command line as a user meets it: in a process of its own, with good input and bad."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, SMALL
+from dpo_helpers.mini import preference_rows
+
+
+def run(*arguments, cwd=None, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("DPO_")}
+    env |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "dpo_helpers", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def small_options():
+    options = []
+    for name, value in SMALL.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        options += [f"--{name.replace('_', '-')}", text]
+    return options
+
+
+@pytest.mark.slow
+def test_all_on_a_small_run(tmp_path):
+    result = run("all", *small_options(), "--runs-dir", str(tmp_path), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "24 training and 12 held-out pairs" in result.stdout
+    for made in ("results.json", "report.html", "generations.json", "dpo_gpt2_model_final/model.safetensors"):
+        assert (tmp_path / "mini" / made).is_file(), made
+    assert {p.name for p in tmp_path.iterdir()} == {"mini"}
+
+
+def test_help_documents_every_setting_with_both_profiles():
+    out = run("all", "--help").stdout
+    for option in (
+        "--model", "--dataset", "--max-pairs", "--epochs", "--batch-size", "--learning-rate", "--beta",
+        "--freeze-layers", "--init-from", "--optimizer", "--seed", "--device", "--precision", "--runs-dir",
+    ):  # fmt: skip
+        assert option in out, option
+    assert "study and paper: 1e-6" in out
+    assert "gpt2: 1e-06" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "--profile", "huge"], "error: unknown profile 'huge': use one of mini, gpt2"),
+        (["data", "--dataset", "missing.jsonl"], "error: missing.jsonl: no such file; give --dataset"),
+        (["data", "--dataset", "bad.jsonl"], "error: bad.jsonl: row 1 has no 'chosen': every row needs"),
+        (["data", "--dataset", "empty.jsonl"], "error: empty.jsonl is empty: it needs rows"),
+        (["reference", "--model", "no-weights"], "error: no-weights holds no weights: it needs model.safetensors"),
+        (["reference", "--profile", "gpt2"], "error: cannot get data set 'Anthropic/hh-rlhf' from the Hub"),
+        (["dpo", "--beta", "0"], "error: beta is 0.0, but must be a positive number"),
+        (["dpo", "--beta", "strong"], "error: beta is 'strong', but must be of the form float"),
+        (["dpo", "--device", "cuda"], "error: device is 'cuda', but torch sees no CUDA GPU"),
+        (["dpo", "--freeze-layers", "13", "--max-pairs", "16", "--held-out-pairs", "8"],
+         "error: freeze_layers is 13, but the model has 12 blocks"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
+    if "cuda" in message:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA GPU")
+    good = preference_rows("train", 3)
+    rows = [good[0], {"rejected": good[1]["rejected"]}, good[2]]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "no-weights").mkdir()
+    (tmp_path / "no-weights/config.json").write_text('{"model_type": "gpt2"}')
+    result = run(*arguments, "--runs-dir", "runs", cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert errors[-1].startswith(message), result.stderr
+    assert "Traceback" not in result.stderr
+    assert sum(line.startswith("error:") for line in errors) == 1
+    left = [p for p in (tmp_path / "runs").rglob("*") if ".lock" not in p.name] if (tmp_path / "runs").exists() else []
+    assert not [p for p in left if p.name.startswith(".")], "a temporary folder is left"
+    assert not any((p / "manifest.json").is_file() is False for p in left if p.parent.name == "mini" and p.is_dir())
+
+
+def test_an_unknown_option_is_a_usage_error():
+    result = run("dpo", "--betta", "1")
+    assert result.returncode == 2
+    assert "No such option" in result.stderr

@@ -1,0 +1,69 @@
+"""Precision by chip: the CUDA queries are replaced, since the machine that tests may have no GPU."""
+
+import pytest
+import torch
+
+from dpo_helpers.device import Compute, peak_memory_gb, pick_compute
+from dpo_helpers.errors import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+)
+def test_bf16_only_where_it_is_native(monkeypatch, capability, precision):
+    """A T4 is 7.5: torch says that bf16 is "supported" there, and emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    compute = pick_compute()
+    assert (compute.device.type, compute.precision) == ("cuda", precision)
+    assert compute.precision == "bf16" or pick_compute(precision="bf16").precision == "bf16", "can be asked for"
+
+
+def test_cpu_is_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    compute = pick_compute()
+    assert compute.describe() == "cpu, fp32"
+    assert not compute.grad_scaler().is_enabled()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_compute().describe() == "mps, fp32"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [("cuda", "auto", "torch sees no CUDA GPU"), ("mps", "auto", "has none"), ("cpu", "fp16", "no fp16 training")],
+)
+def test_what_is_not_there_is_an_error(monkeypatch, device, precision, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match=message):
+        pick_compute(device, precision)
+
+
+def test_autocast_computes_in_the_precision_and_only_inside():
+    a = torch.randn(4, 4)
+    with Compute(torch.device("cpu"), "bf16").autocast():
+        assert (a @ a).dtype == torch.bfloat16
+    assert (a @ a).dtype == torch.float32
+    with Compute(torch.device("cpu"), "fp32").autocast():
+        assert (a @ a).dtype == torch.float32
+
+
+def test_peak_memory_is_of_this_process():
+    assert 0.1 < peak_memory_gb(Compute(torch.device("cpu"), "fp32")) < 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_training_on_cuda_starts_at_ln_2():
+    from test_training import PLAN, pairs
+
+    from conftest import tiny_gpt2
+    from dpo_helpers.evaluation import score_pairs
+    from dpo_helpers.training import DPOObjective, train
+
+    compute, data = pick_compute(), pairs()
+    policy = tiny_gpt2().to(compute.device)
+    scores = score_pairs(policy, data, compute, pad_id=0)
+    rows = train(policy, data, DPOObjective(scores.chosen, scores.rejected, 0.5), PLAN, compute, pad_id=0)
+    assert abs(rows[0]["loss"] - 0.6931) < 2e-2

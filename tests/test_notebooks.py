@@ -1,0 +1,108 @@
+"""The committed notebooks: executed, checked, alike at their start, free of machine traces, runnable alone."""
+
+import json
+import re
+
+import nbformat
+import pytest
+
+from conftest import ROOT, SMALL
+from dpo_helpers.course import execute
+
+NAMES = (
+    "01_data", "02_reference", "03_sft", "04_dpo_loss_derivation", "05_dpo_training", "06_beta_sweep", "07_generations",
+)  # fmt: skip
+PATHS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NAMES]
+each = pytest.mark.parametrize("path", PATHS, ids=NAMES)
+
+
+def cells(path, kind="code"):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_the_seven_are_there_and_no_other():
+    assert sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb")) == [p.name for p in PATHS]
+
+
+@each
+def test_every_code_cell_was_executed_in_order_without_error(path):
+    assert [cell.execution_count for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
+    for cell in cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text[:200]
+
+
+@each
+def test_at_least_70_percent_of_outputs_are_checked_and_the_rest_say_why(path):
+    with_output = [cell for cell in cells(path) if cell.outputs]
+    skipped = [cell for cell in with_output if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+    assert len(skipped) <= 0.3 * len(with_output), f"{len(skipped)} of {len(with_output)} are not checked"
+    for cell in cells(path):
+        tags = cell.metadata.get("tags", [])
+        assert "nbval-skip" not in tags
+        if "nbval-ignore-output" in tags:
+            assert len(cell.metadata.get("reason", "")) > 20, cell.source
+
+
+@each
+def test_set_up_cells_are_the_same_everywhere(path):
+    first, profile = cells(path)[:2]
+    expected_first, expected_profile = cells(PATHS[0])[:2]
+    assert (first.source, profile.source) == (expected_first.source, expected_profile.source)
+    assert "parameters" in profile.metadata.tags
+    assert profile.source.startswith('PROFILE = "mini"')
+
+
+@each
+def test_cells_are_short_and_prose_surrounds_them(path):
+    code, prose = cells(path), cells(path, "markdown")
+    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+    assert len(prose) >= 0.7 * len(code)
+    assert {"**Do:**", "**Learn:**", "**Need:**"} <= set(re.findall(r"\*\*\w+:\*\*", prose[0].source))
+    assert any("## What you have done" in cell.source for cell in prose)
+
+
+@each
+def test_no_trace_of_a_machine_or_a_secret(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"/(?:home|root|Users|tmp)/", text)
+    assert not re.findall(r"hf_[A-Za-z0-9]{20,}", text)
+    assert str(ROOT) not in text
+
+
+def test_profiles_differ_by_nothing_but_the_constant():
+    """No cell asks which profile runs."""
+    for path in PATHS:
+        for cell in cells(path)[2:]:
+            assert "PROFILE ==" not in cell.source
+            assert ".profile" not in cell.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["02_reference", "05_dpo_training", "07_generations"])
+def test_a_notebook_runs_when_opened_alone(name, tmp_path, monkeypatch):
+    """With nothing made before, and small settings from the environment."""
+    monkeypatch.setenv("DPO_RUNS_DIR", str(tmp_path / "runs"))
+    for key, value in SMALL.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        monkeypatch.setenv(f"DPO_{key.upper()}", text)
+    source = ROOT / "notebooks" / f"{name}.ipynb"
+    before = source.read_bytes()
+    execute(source, tmp_path / "out.ipynb", "mini")
+    assert source.read_bytes() == before
+    executed = json.loads((tmp_path / "out.ipynb").read_text(encoding="utf-8"))
+    assert all(cell["execution_count"] for cell in executed["cells"] if cell["cell_type"] == "code")
+
+
+def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
+    from dpo_helpers.errors import CourseError
+
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("raise ValueError('no')")],
+        metadata={"kernelspec": {"name": "python3", "display_name": "x"}},
+    )
+    nbformat.write(notebook, tmp_path / "bad.ipynb")
+    with pytest.raises(CourseError, match=r"bad\.ipynb, code cell 2: ValueError: no; see .*out\.ipynb"):
+        execute(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "mini")
+    assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept to look at"

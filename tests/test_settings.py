@@ -1,0 +1,81 @@
+import math
+
+import pytest
+
+from dpo_helpers.errors import SettingsError
+from dpo_helpers.settings import GPT2_REVISION, HH_REVISION, default_runs_dir, load_settings, parse_value
+
+
+def test_the_study_profile():
+    """The study: GPT-2, HH-RLHF, RMSprop, 1e-6, 8 frozen blocks, β 0.5 from 0.1, 0.5, 1, 5; pinned commits."""
+    s = load_settings("gpt2")
+    assert (s.model, s.model_revision) == ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    assert (s.dataset, s.dataset_revision) == ("Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa")
+    assert (s.optimizer, s.learning_rate, s.freeze_layers, s.beta) == ("rmsprop", 1e-6, 8, 0.5)
+    assert s.betas == (0.1, 0.5, 1.0, 5.0)
+    assert s.init_from == "base"
+    assert len(GPT2_REVISION) == len(HH_REVISION) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta", 0.0), ("beta", -1.0), ("beta", math.nan), ("beta", math.inf), ("learning_rate", 0.0),
+        ("batch_size", 0), ("micro_batch_size", -1), ("epochs", 0), ("freeze_layers", -1), ("warmup_steps", -1),
+        ("max_dropped", 1.5), ("betas", ()), ("betas", (0.1, 0.1)), ("betas", (0.0,)), ("optimizer", "sgd"),
+        ("init_from", "dpo"), ("device", "tpu"), ("precision", "fp8"), ("max_pairs", 0), ("max_prompt_length", 256),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_an_error_that_names_it(name, value):
+    with pytest.raises(SettingsError, match=f"{name} is .*, but must be"):
+        load_settings("mini", **{name: value})
+
+
+def test_unknown_profile_and_setting():
+    with pytest.raises(SettingsError, match="unknown profile 'huge': use one of mini, gpt2"):
+        load_settings("huge")
+    with pytest.raises(SettingsError, match="unknown setting 'betta'"):
+        load_settings("mini", betta=1)
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("DPO_BETA", "0.25")
+    monkeypatch.setenv("DPO_BETAS", "1,2")
+    monkeypatch.setenv("DPO_FREEZE_EMBEDDINGS", "false")
+    s = load_settings("mini")
+    assert (s.beta, s.betas, s.freeze_embeddings) == (0.25, (1.0, 2.0), False)
+    assert not s.is_profile()
+    assert load_settings("mini", beta=3.0).beta == 3.0, "a keyword beats the environment"
+    monkeypatch.setenv("DPO_PROFILE", "gpt2")
+    assert load_settings("mini").profile == "gpt2"
+    monkeypatch.setenv("DPO_BETA", "strong")
+    with pytest.raises(SettingsError, match="beta is 'strong', but must be of the form float"):
+        load_settings("mini")
+
+
+def test_another_model_does_not_keep_the_profiles_commit():
+    assert load_settings("gpt2", model="openai-community/gpt2-medium").model_revision is None
+    assert load_settings("gpt2", dataset="a.jsonl").dataset_revision is None
+    assert load_settings("gpt2").model_revision == GPT2_REVISION
+
+
+def test_is_profile_ignores_where_and_on_what():
+    assert load_settings("mini", runs_dir="x", device="cpu", precision="fp32").is_profile()
+    assert not load_settings("mini", seed=1).is_profile()
+
+
+def test_parse_value():
+    assert parse_value("betas", "0.1,5") == (0.1, 5.0)
+    assert parse_value("max_pairs", "7") == 7
+    with pytest.raises(SettingsError, match="epochs is 'two'"):
+        parse_value("epochs", "two")
+
+
+def test_runs_are_kept_beside_the_notebooks(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert default_runs_dir() == tmp_path / "runs"
+    assert load_settings("mini").run_dir == tmp_path / "runs/mini"
+    (tmp_path / "pyproject.toml").unlink()
+    assert default_runs_dir() == tmp_path / "notebooks/runs"

@@ -1,0 +1,119 @@
+"""Pairs from files and from a Hub: the real loading code, against local files and a server on this machine."""
+
+import gzip
+import json
+
+import pytest
+
+from dpo_helpers.errors import CourseError, DataError
+from dpo_helpers.mini import preference_rows
+from dpo_helpers.settings import load_settings
+from dpo_helpers.sources import data_identity, load_pairs
+
+ROWS = preference_rows("train", 60)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def settings(path, **more):
+    return load_settings(
+        "mini", dataset=str(path), max_pairs=None, held_out_pairs=more.pop("held_out_pairs", 10), **more
+    )
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.parquet"])
+def test_file_formats(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        import pandas as pd
+
+        pd.DataFrame(ROWS).to_parquet(path)
+    else:
+        write(path, ROWS)
+    found = load_pairs(settings(path))
+    assert len(found.train) + len(found.held_out) == 60
+    assert len(found.held_out) >= 10
+    assert found.source == name
+    texts = {p.prompt + p.chosen for p in (*found.train, *found.held_out)}
+    assert texts == {row["chosen"] for row in ROWS}
+
+
+def test_no_prompt_is_on_both_sides(tmp_path):
+    rows = ROWS + [{"chosen": r["rejected"], "rejected": r["chosen"]} for r in ROWS]
+    found = load_pairs(settings(write(tmp_path / "d.jsonl", rows)))
+    assert {p.prompt for p in found.train}.isdisjoint(p.prompt for p in found.held_out)
+
+
+def test_held_out_pairs_are_drawn_by_seed(tmp_path):
+    path = write(tmp_path / "d.jsonl", ROWS)
+    first, again, other = (load_pairs(settings(path, seed=s)).held_out for s in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_max_pairs_limits_training_pairs_only(tmp_path):
+    path = write(tmp_path / "d.jsonl", ROWS)
+    few = load_pairs(load_settings("mini", dataset=str(path), max_pairs=7, held_out_pairs=10))
+    assert len(few.train) == 7
+    assert len(few.held_out) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"d\.jsonl is empty"),
+        ('{"chosen": "a"\n', r"d\.jsonl cannot be read as json"),
+        (json.dumps({"chosen": ROWS[0]["chosen"]}) + "\n", r"d\.jsonl: row 0 has no 'rejected'"),
+        (
+            json.dumps(ROWS[0]) + "\n" + json.dumps({"chosen": None, "rejected": "x"}) + "\n",
+            r"d\.jsonl: row 1 has no 'c",
+        ),
+        (json.dumps(ROWS[0]) + "\n", r"d\.jsonl: too few pairs: 0 to train on and 1 held out"),
+    ],
+)
+def test_bad_files_name_file_and_row(tmp_path, content, message):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_pairs(settings(tmp_path / "d.jsonl"))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"no\.jsonl: no such file; give --dataset"):
+        load_pairs(settings(tmp_path / "no.jsonl"))
+
+
+def test_identity_follows_the_content(tmp_path):
+    path = write(tmp_path / "d.jsonl", ROWS)
+    before = data_identity(settings(path))
+    assert data_identity(settings(path)) == before
+    write(path, ROWS[::-1])
+    assert data_identity(settings(path)) != before
+
+
+def test_offline_hub_data_is_one_clear_error():
+    with pytest.raises(
+        DataError, match=r"cannot get data set 'Anthropic/hh-rlhf' from the Hub .*or use --dataset FILE"
+    ):
+        load_pairs(load_settings("gpt2"))
+    with pytest.raises(CourseError, match="dataset 'a b' is neither an existing path nor a Hub id"):
+        load_pairs(load_settings("mini", dataset="a b"))
+
+
+def test_the_real_slice(hh_slice):
+    found = load_pairs(settings(hh_slice, held_out_pairs=200))
+    assert len(found.train) + len(found.held_out) + len(found.dropped) == 1542
+    assert 200 <= len(found.held_out) < 210

@@ -1,0 +1,137 @@
+"""The steps on a small run: artefacts are made once, used again, remade when what they came from changed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from dpo_helpers import steps
+from dpo_helpers.errors import ArtefactError
+from dpo_helpers.models import weights_hash
+from dpo_helpers.report import make_report
+
+
+def mtimes(folder):
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_step_is_loaded_the_second_time(small, capsys):
+    first = steps.get_dpo(small)
+    before = mtimes(small.run_dir)
+    again = steps.get_dpo(small)
+    assert {k: v for k, v in mtimes(small.run_dir).items() if k in before} == before
+    assert again.weights_sha256 == first.weights_sha256
+    assert "made anew" not in capsys.readouterr().out
+
+
+def test_each_step_makes_what_it_needs(small):
+    """Opened alone, the last step has everything before it made."""
+    steps.get_generations(small)
+    made = {p.name for p in small.run_dir.iterdir() if not p.name.startswith(".")}
+    assert made == {"data", "reference", "sft", "dpo", "generations"}
+
+
+def test_step_0_rewards_and_an_unmoved_reference(small):
+    reference, dpo = steps.get_reference(small), steps.get_dpo(small)
+    first = dpo.metrics[0]
+    assert (first["step"], first["split"]) == (0, "held_out")
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["chosen_reward"] == pytest.approx(0, abs=1e-4)
+    assert weights_hash(reference.load()) == reference.weights_sha256
+    assert dpo.weights_sha256 != reference.weights_sha256
+    start, end = reference.load().state_dict(), dpo.load().state_dict()
+    moved = {name.split(".")[2] for name in start if ".h." in name and not torch.equal(start[name], end[name])}
+    assert moved == {"8", "9", "10", "11"}
+    assert torch.equal(start["transformer.wte.weight"], end["transformer.wte.weight"])
+
+
+def test_a_changed_setting_remakes_and_keeps_the_old(small, capsys):
+    first = steps.get_dpo(small)
+    changed = replace(small, learning_rate=2e-3)
+    second = steps.get_dpo(changed)
+    assert second.weights_sha256 != first.weights_sha256
+    out = capsys.readouterr().out
+    assert "dpo: made anew, the earlier one is set aside" in out
+    assert "plan" in out
+    old = json.loads((small.run_dir / "dpo.old-1/manifest.json").read_text())
+    assert old["about"]["weights_sha256"] == first.weights_sha256
+    assert "reference" not in out, "the reference does not depend on the learning rate"
+
+
+def test_a_damaged_artefact_is_named_and_made_anew(small, capsys):
+    good = steps.get_base(small).weights_sha256
+    weights = small.run_dir / "reference/model.safetensors"
+    bad = bytearray(weights.read_bytes())
+    bad[-5] ^= 1
+    weights.write_bytes(bad)
+    assert steps.get_base(small).weights_sha256 == good
+    out = capsys.readouterr().out
+    assert "model.safetensors is damaged" in out
+    assert (small.run_dir / "reference.old-1").is_dir()
+
+
+def test_init_from_sft_starts_both_models_there(small):
+    """The paper's variant: π_ref is the SFT model, so at step 0 loss is ln 2 against it."""
+    settings = replace(small, init_from="sft")
+    sft, dpo = steps.get_sft(settings), steps.get_dpo(settings)
+    assert steps.get_reference(settings).weights_sha256 == sft.weights_sha256
+    assert dpo.manifest["made_from"]["start"] == sft.weights_sha256
+    assert dpo.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert steps.get_evaluation(settings, sft).metrics["kl"] == 0.0
+
+
+def test_a_sweep_shares_the_main_run_and_names_the_rest(small):
+    sweep = steps.get_sweep(small)
+    assert sweep[0.5].folder == small.run_dir / "dpo"
+    assert sweep[5.0].folder == small.run_dir / "sweep/beta-5"
+    assert sweep[5.0].manifest["made_from"]["start"] == sweep[0.5].manifest["made_from"]["start"]
+
+
+def test_an_unwritable_folder_is_one_clear_error(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtefactError, match="use another --runs-dir"):
+        steps.get_data(replace(small, runs_dir=str(tmp_path / "file")))
+
+
+@pytest.mark.slow
+def test_report_and_final_model(small):
+    path = make_report(small)
+    results = json.loads((small.run_dir / "results.json").read_text())
+    assert set(results["models"]) == {"reference", "sft", "dpo"}
+    assert set(results["sweep"]) == {"0.5", "5"}
+    assert results["models"]["reference"]["metrics"]["kl"] == 0.0
+    assert results["models"]["dpo"]["metrics"] == results["sweep"]["0.5"]["metrics"]
+    assert 0.5 < results["data"]["best_possible_accuracy"] < 1
+
+    page = path.read_text(encoding="utf-8")
+    for figure in ("05-reward-kl", "06-beta-sweep", "07-text-measures"):
+        assert (small.run_dir / f"figures/{figure}.png").read_bytes()[:4] == b"\x89PNG"
+    assert page.count("data:image/png;base64,") == 7
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert results["models"]["dpo"]["weights_sha256"] in page
+
+    final = steps.get_final_model(small)
+    assert final.name == "dpo_gpt2_model_final"
+    model = GPT2LMHeadModel.from_pretrained(final)
+    assert weights_hash(model) == steps.get_dpo(small).weights_sha256
+
+
+@pytest.mark.slow
+def test_hostile_text_is_escaped_in_the_report(small, monkeypatch):
+    from dpo_helpers import report
+    from dpo_helpers.generation import Response
+
+    evil = Response(
+        "\n\nHuman: <svg onload=x>\n\nAssistant:", [1], "</pre><img src=x onerror=alert(1)>\x1b[31m\u202e", True
+    )
+    monkeypatch.setattr(report, "get_generations", lambda s: {k: [evil] for k in ("reference", "sft", "dpo")})
+    page = make_report(small).read_text(encoding="utf-8")
+    assert "<img src=x" not in page
+    assert "<svg" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
