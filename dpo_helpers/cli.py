@@ -17,7 +17,7 @@ from .settings import PROFILES, Settings, load_settings, parse_value
 
 app = typer.Typer(
     help="Direct Preference Optimization by doing it: the steps of the course, headless.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checkpoints import write_text
 from .errors import CourseError
@@ -46,7 +46,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
             client.execute(env={**os.environ, **QUIET, "DPO_PROFILE": profile})
         except (CellExecutionError, DeadKernelError) as error:
             done = sum(bool(cell.get("execution_count")) for cell in notebook.cells if cell.cell_type == "code")
-            last = [line for line in str(error).strip().splitlines() if line.strip()][-1]
+            last = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             raise CourseError(f"{source.name}, code cell {done}: {last}; see {target}") from error
         finally:
             notebook.metadata.pop("language_info", None)

@@ -90,7 +90,17 @@ def load_model(settings: Settings) -> Any:
                 f"cannot load model {settings.model!r} ({_first_line(error)}); check --model, the network and "
                 "HF_HUB_OFFLINE, or use --profile mini, which needs no network"
             ) from error
-    return model.eval()
+    return (_plain(model) if "gguf_file" in where else model).eval()
+
+
+def _plain(model: Any) -> Any:
+    """A GGUF model without its quantisation record: its weights are float32 by now, but it refuses to be saved."""
+    from transformers import AutoModelForCausalLM
+
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def load_tokenizer(settings: Settings) -> Any:
@@ -98,7 +108,7 @@ def load_tokenizer(settings: Settings) -> Any:
     from transformers import AutoTokenizer
 
     with _location(settings) as where:
-        try:
+        try:  # revision: in `where`, a commit, for a Hub model
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({_first_line(error)})") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +89,24 @@ def get_data(settings: Settings) -> Data:
         return {"source": found.source}
 
     folder = artefact(settings, "data", made_from, make)
-    manifest = open_stage("data", folder).manifest
+    return _read_data(settings, folder, json_hash(open_stage("data", folder).manifest["files"]))
+
+
+@lru_cache(maxsize=2)
+def _read_data(settings: Settings, folder: Path, sha256: str) -> Data:
+    """Read and tokenise the pairs of a data artefact; kept, since every step asks for them."""
     train_pairs, held_out = (
         [Pair(**row) for row in read_jsonl(folder / f"{part}.jsonl")] for part in ("train", "held_out")
     )
     dropped = [Dropped(**row) for row in read_jsonl(folder / "dropped.jsonl")]
-    pairs = PairData(train_pairs, held_out, dropped, manifest["about"]["source"])
+    pairs = PairData(train_pairs, held_out, dropped, open_stage("data", folder).manifest["about"]["source"])
     tokenizer = load_tokenizer(settings)
 
     def encode(part: Sequence[Pair]) -> list[EncodedPair]:
         lengths = {"max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length}
         return [encode_pair(tokenizer, pair, **lengths) for pair in part]
 
-    return Data(pairs, encode(pairs.train), encode(pairs.held_out), tokenizer, json_hash(manifest["files"]))
+    return Data(pairs, encode(pairs.train), encode(pairs.held_out), tokenizer, sha256)
 
 
 def _save_stage(

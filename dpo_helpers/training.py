@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .device import Compute
 from .errors import TrainingError
@@ -121,23 +121,17 @@ def train(
     """Train the model's trainable parameters in place; returns the metrics, one row an update or evaluation.
 
     A row holds step, epoch and split ("train" or "held_out"); training rows the batch means of loss and the
-    objective's metrics, grad_norm (before clipping), learning_rate, tokens and seconds. `evaluate` is called
-    before the first update, then about `evaluations` times at even distances, the last after the last update.
-    Raises TrainingError on a loss or gradient that is not finite, before the update would spoil the weights.
+    objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds. `evaluate` is called before
+    the first update, then about `evaluations` times, the last after the last update. Raises TrainingError on a
+    loss or gradient that is not finite, before the update would spoil the weights.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(plan.optimizer, parameters, plan.learning_rate)
     scaler = compute.grad_scaler()
     batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
-    every = max(1, len(batches) // evaluations)
-    rows: list[MetricsRow] = []
-
-    def evaluate_at(step: int, epoch: int) -> None:
-        if evaluate is not None:
-            rows.append({"step": step, "epoch": epoch, "split": "held_out", **evaluate()})
-
+    points = _evaluation_points(len(batches), evaluations)
     model.eval()  # dropout stays off: a log-probability that enters a loss must be the model's own
-    evaluate_at(0, 0)
+    rows: list[MetricsRow] = [{"step": 0, "epoch": 0, "split": "held_out", **evaluate()}] if evaluate else []
     bar = tqdm(batches, desc=name, unit="update")
     for step, (epoch, at) in enumerate(bar):
         started = time.perf_counter()
@@ -145,28 +139,34 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
+        means: dict[str, float] = {}
         for micro in _micro_batches(pairs, at, plan.micro_batch_size):
             batch = collate([pairs[i] for i in micro], pad_id).to(compute.device)
             with compute.autocast():
                 losses, metrics = objective(model, batch, micro)
-            _require_finite("loss", losses, step, [pairs[i].index for i in micro])
+            _require_finite("loss", losses, step, batch.rows)
             scaler.scale(losses.sum() / len(at)).backward()  # type: ignore[no-untyped-call]
             for key, value in {"loss": losses.detach(), **metrics}.items():
-                sums[key] = sums.get(key, 0.0) + value.sum().item() / len(at)
+                means[key] = means.get(key, 0.0) + value.sum().item() / len(at)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
         if not scaler.is_enabled():  # fp16's scaler meets an overflow by skipping the update and scaling less
             _require_finite("gradient", norm, step, [pairs[i].index for i in at])
         scaler.step(optimizer)
         scaler.update()
-        row: MetricsRow = {"step": step + 1, "epoch": epoch, "split": "train", **sums}
+        row: MetricsRow = {"step": step + 1, "epoch": epoch, "split": "train", **means}
         row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
-        rows.append(row | {"seconds": time.perf_counter() - started})
-        bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{rate:.1e}")
-        if ((step + 1) % every == 0 and len(batches) - step - 1 >= every // 2) or step + 1 == len(batches):
-            evaluate_at(step + 1, epoch)
+        row["seconds"] = time.perf_counter() - started
+        rows.append(row)
+        bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{rate:.1e}")
+        if evaluate and step + 1 in points:
+            rows.append({"step": step + 1, "epoch": epoch, "split": "held_out", **evaluate()})
     return rows
+
+
+def _evaluation_points(updates: int, evaluations: int) -> set[int]:
+    """The updates after which to evaluate: `evaluations` of them at even distances, the last one among them."""
+    return {round(updates * k / evaluations) for k in range(1, evaluations + 1)}
 
 
 def _micro_batches(pairs: Sequence[EncodedPair], at: list[int], size: int) -> Iterator[list[int]]:
@@ -176,7 +176,7 @@ def _micro_batches(pairs: Sequence[EncodedPair], at: list[int], size: int) -> It
         yield by_length[start : start + size]
 
 
-def _require_finite(what: str, values: Tensor, step: int, rows: list[int]) -> None:
+def _require_finite(what: str, values: Tensor, step: int, rows: Sequence[int]) -> None:
     if not torch.isfinite(values).all():
         raise TrainingError(
             f"the {what} is not finite at update {step + 1} (rows {', '.join(map(str, rows))}); the weights are as "

@@ -15,8 +15,8 @@ PARIS = "\n\nHuman: What are some fun things to do in Paris?\n\nAssistant:"
 
 def test_the_seed_names_the_data():
     """Literal hashes: if they change, so do all numbers in the notebooks, and the embedded model must be rebuilt."""
-    assert json_hash(mini.preference_rows("train", 50))[:16] == "68d5255991e49c9f"
-    assert json_hash(mini.preference_rows("test", 50))[:16] == "1425241593c35580"
+    assert json_hash(mini.preference_rows("train", 50))[:16] == "13221e92a43c5cbf"
+    assert json_hash(mini.preference_rows("test", 50))[:16] == "1609ba219af16681"
     assert json_hash(mini.pretraining_texts(50))[:16] == "7903a93bc063b330"
     assert mini.preference_rows("train", 5, seed=1) != mini.preference_rows("train", 5, seed=0)
 

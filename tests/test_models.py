@@ -110,6 +110,35 @@ def test_remote_code_is_not_run(gpt2, tokenizer, tmp_path):
     assert type(load_model(load_settings("mini", model=str(tmp_path / "m")))).__name__ == "GPT2LMHeadModel"
 
 
+def test_a_gguf_model_loads_freezes_and_saves(tmp_path):
+    """A tiny Llama written as GGUF: it loads in float32, saves as safetensors, and reopens with the same weights."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    path, d, layers, vocab = tmp_path / "tiny.gguf", 16, 2, 300
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers), writer.add_context_length(64), writer.add_embedding_length(d)
+    writer.add_feed_forward_length(32), writer.add_head_count(2), writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5), writer.add_vocab_size(vocab), writer.add_rope_dimension_count(8)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (vocab, d), "output_norm": (d,), "output": (vocab, d)}
+    for i in range(layers):
+        shapes |= {f"blk.{i}.{n}": (d, d) for n in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.{i}.ffn_gate": (32, d), f"blk.{i}.ffn_up": (32, d), f"blk.{i}.ffn_down": (d, 32)}
+        shapes |= {f"blk.{i}.attn_norm": (d,), f"blk.{i}.ffn_norm": (d,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+
+    model = load_model(load_settings("mini", model=str(path)))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert freeze(model, 1).trainable < freeze(model, 0).trainable
+    model.save_pretrained(tmp_path / "saved")
+    assert weights_hash(load_saved(tmp_path / "saved")) == weights_hash(model)
+
+
 def test_missing_gguf(tmp_path):
     with pytest.raises(ModelError, match=r"no such file; give --model an existing \.gguf"):
         load_model(load_settings("mini", model=str(tmp_path / "x.gguf")))
