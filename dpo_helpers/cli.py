@@ -51,7 +51,7 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
     options = [_option(f.name, str(f.type), f.metadata["help"]) for f in fields(Settings)]
 
-    def command(**given: Any) -> None:
+    def _command(**given: Any) -> None:
         own_values = {p.name: given.pop(p.name) for p in own}
         try:
             overrides = {
@@ -66,8 +66,8 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
             typer.echo("error: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(2) from None
 
-    command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
-    app.command(run.__name__.rstrip("_").replace("_", "-"), help=inspect.getdoc(run))(command)
+    _command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    app.command(run.__name__.rstrip("_").replace("_", "-"), help=inspect.getdoc(run))(_command)
     return run
 
 

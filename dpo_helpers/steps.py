@@ -81,14 +81,14 @@ def get_data(settings: Settings) -> Data:
         **{k: getattr(settings, k) for k in ("max_pairs", "held_out_pairs", "max_dropped", "seed")},
     }
 
-    def make(folder: Path) -> dict[str, Any]:
+    def _make(folder: Path) -> dict[str, Any]:
         found = load_pairs(settings)
         for part, pairs in (("train", found.train), ("held_out", found.held_out)):
             write_jsonl(folder / f"{part}.jsonl", [asdict(pair) for pair in pairs])
         write_jsonl(folder / "dropped.jsonl", [asdict(row) for row in found.dropped])
         return {"source": found.source}
 
-    folder = artefact(settings, "data", made_from, make)
+    folder = artefact(settings, "data", made_from, _make)
     return _read_data(settings, folder, json_hash(open_stage("data", folder).manifest["files"]))
 
 
@@ -134,12 +134,12 @@ def get_base(settings: Settings) -> Stage:
         **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length")},
     }
 
-    def make(folder: Path) -> dict[str, Any]:
+    def _make(folder: Path) -> dict[str, Any]:
         model = load_model(settings).to(compute_of(settings).device)
         return _save_stage(folder, settings, data, model, [], is_reference=settings.init_from == "base")
 
     made_from["scores_training_pairs"] = settings.init_from == "base"
-    return open_stage("reference", artefact(settings, "reference", made_from, make))
+    return open_stage("reference", artefact(settings, "reference", made_from, _make))
 
 
 def get_reference(settings: Settings) -> Stage:
@@ -159,7 +159,7 @@ def _train_stage(
         **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length", "freeze_layers", "freeze_embeddings")},
     }
 
-    def make(folder: Path) -> dict[str, Any]:
+    def _make(folder: Path) -> dict[str, Any]:
         compute = compute_of(settings)
         model = start.load(compute)
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
@@ -170,7 +170,7 @@ def _train_stage(
         is_reference = name == "sft" and settings.init_from == "sft"
         return _save_stage(folder, settings, data, model, rows, is_reference=is_reference)
 
-    return open_stage(name, artefact(settings, name, made_from, make))
+    return open_stage(name, artefact(settings, name, made_from, _make))
 
 
 def _plan(settings: Settings, epochs: int, learning_rate: float) -> TrainPlan:
@@ -258,7 +258,7 @@ def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
         **{k: getattr(settings, k) for k in ("prompts", "max_new_tokens", "max_prompt_length", "seed")},
     }
 
-    def make(folder: Path) -> dict[str, Any]:
+    def _make(folder: Path) -> dict[str, Any]:
         compute = compute_of(settings)
         policy, base = stage.load(compute), reference.load(compute)
         lengths = {"max_prompt_length": settings.max_prompt_length}
@@ -277,7 +277,7 @@ def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         return {}
 
-    folder = artefact(settings, f"evaluation/{name}", made_from, make)
+    folder = artefact(settings, f"evaluation/{name}", made_from, _make)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     responses = [Response(**row) for row in read_jsonl(folder / "responses.jsonl")]
     return Evaluation(name, beta, metrics, responses)
@@ -307,7 +307,7 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
         **{k: getattr(settings, k) for k in ("max_new_tokens", "seed")},
     }
 
-    def make(folder: Path) -> dict[str, Any]:
+    def _make(folder: Path) -> dict[str, Any]:
         compute = compute_of(settings)
         out: dict[str, list[dict[str, Any]]] = {}
         for stage in stages:
@@ -321,7 +321,7 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
         (folder / "generations.json").write_text(json.dumps(out, indent=1), encoding="utf-8")
         return {}
 
-    folder = artefact(settings, "generations", made_from, make)
+    folder = artefact(settings, "generations", made_from, _make)
     found = json.loads((folder / "generations.json").read_text(encoding="utf-8"))
     return {key: [Response(**row) for row in rows] for key, rows in found.items()}
 
@@ -331,11 +331,11 @@ def get_final_model(settings: Settings) -> Path:
     stage, data = get_dpo(settings), get_data(settings)
     made_from = {"model": stage.weights_sha256}
 
-    def make(folder: Path) -> dict[str, Any]:
+    def _make(folder: Path) -> dict[str, Any]:
         save_model(stage.load(), data.tokenizer, folder)
         return {"weights_sha256": stage.weights_sha256}
 
-    return artefact(settings, FINAL_MODEL, made_from, make)
+    return artefact(settings, FINAL_MODEL, made_from, _make)
 
 
 def require_embedded(settings: Settings) -> None:
