@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from .errors import CourseError
 
 
+@cache  # one answer a process: weights, tokenizer and the record must be of the same commit
 def resolve_revision(name: str, revision: str | None, kind: str) -> str:
     """The 40-hex commit to load: the one given, else the newest, looked up once and then recorded.
 

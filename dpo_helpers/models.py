@@ -183,6 +183,13 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     return {"name": settings.model, "revision": settings.model_revision}
 
 
+def model_commit(settings: Settings) -> str | None:
+    """The commit that `load_model` loads from the Hub; None for a model that is not from there."""
+    if settings.model == EMBEDDED or Path(settings.model).exists():
+        return None
+    return resolve_revision(settings.model, settings.model_revision, "model")
+
+
 def weights_hash(model: nn.Module) -> str:
     """sha256 over names and values of all weights: equal if and only if the weights are."""
     digest = hashlib.sha256()

@@ -33,7 +33,7 @@ from .evaluation import (
 )
 from .generation import Response, sample
 from .hh import Dropped, Pair, single_turn
-from .models import freeze, load_model, load_tokenizer, model_identity, save_model, weights_hash
+from .models import freeze, load_model, load_tokenizer, model_commit, model_identity, save_model, weights_hash
 from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, read_jsonl, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData, data_identity, load_pairs
@@ -136,7 +136,8 @@ def get_base(settings: Settings) -> Stage:
 
     def _make(folder: Path) -> dict[str, Any]:
         model = load_model(settings).to(compute_of(settings).device)
-        return _save_stage(folder, settings, data, model, [], is_reference=settings.init_from == "base")
+        facts = _save_stage(folder, settings, data, model, [], is_reference=settings.init_from == "base")
+        return facts | {"model_commit": model_commit(settings)}
 
     made_from["scores_training_pairs"] = settings.init_from == "base"
     return open_stage("reference", artefact(settings, "reference", made_from, _make))

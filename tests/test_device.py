@@ -17,7 +17,7 @@ def test_bf16_only_where_it_is_native(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
     compute = pick_compute()
     assert (compute.device.type, compute.precision) == ("cuda", precision)
-    assert compute.precision == "bf16" or pick_compute(precision="bf16").precision == "bf16", "can be asked for"
+    assert pick_compute(precision="bf16").precision == "bf16", "emulated on an old chip, but it can be asked for"
 
 
 def test_cpu_is_fp32(monkeypatch):

@@ -26,6 +26,15 @@ print(json.dumps({"weights": weights_hash(load_model(settings)), "tokens": len(l
 """
 
 
+LOOKED_UP = """
+from dpo_helpers.settings import load_settings
+from dpo_helpers.models import load_model, model_commit
+settings = load_settings("gpt2", model="openai-community/gpt2", model_revision=None)
+load_model(settings)
+print(model_commit(settings))
+"""
+
+
 @pytest.fixture
 def hub(tmp_path, tokenizer):
     save_model(tiny_gpt2(), tokenizer, tmp_path / "model")
@@ -42,7 +51,7 @@ def hub(tmp_path, tokenizer):
     server.shutdown()
 
 
-def run(tmp_path, **environment):
+def run(tmp_path, script=SCRIPT, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DPO_"))}
     env |= {
         "HF_HOME": str(tmp_path / "home"),
@@ -51,7 +60,7 @@ def run(tmp_path, **environment):
         **environment,
     }
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
 
 
@@ -73,3 +82,11 @@ def test_the_gpt2_profile_against_a_local_endpoint_then_offline_from_the_cache(t
     offline = run(tmp_path, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr[-2000:]
     assert json.loads(offline.stdout.splitlines()[-1]) == got
+
+
+@pytest.mark.slow
+def test_a_model_without_a_commit_is_looked_up_once_and_the_commit_is_known(tmp_path, hub):
+    result = run(tmp_path, LOOKED_UP, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split()[-1] == GPT2_REVISION
+    assert hub.RequestHandlerClass.log.count("GET /api/models/openai-community/gpt2") == 1
