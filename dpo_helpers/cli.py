@@ -166,6 +166,26 @@ def course(
     run_course(settings, in_place=in_place)
 
 
+@app.command()
+def doctor(
+    run: Annotated[Optional[Path], typer.Argument(help="a run of the course, or a TRL output folder")] = None,  # noqa: UP045
+) -> None:
+    """Say which of fifteen known pains a run shows; without RUN, make each of them happen in a small experiment."""
+    from .display import visible
+    from .doctor import describe, examine, read_run
+    from .pains import PAINS
+
+    try:
+        if run is not None:
+            print(visible(describe(examine(read_run(run)))))
+        else:
+            for pain in PAINS:
+                print(f"{pain.number:2d}. {pain.symptom} ({pain.seen_in})\n    {pain.run()}\n    do: {pain.remedy}")
+    except CourseError as error:
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(2) from None
+
+
 @app.command("build-mini")
 def build_mini_command(
     out: Annotated[Path, typer.Option(help="folder for the model and tokenizer")] = Path("mini-model"),

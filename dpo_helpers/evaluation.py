@@ -5,8 +5,7 @@ Every mean comes with its standard error, so a difference can be told from noise
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .device import Compute
-from .generation import Response, distinct_n, repeated_share
+from .generation import Response, distinct_n, ends_in_a_loop, repeated_share, sample
 from .kl import sequence_kl
 from .logprobs import pair_logprobs
-from .losses import dpo_loss
-from .tokens import EncodedPair, collate, encode_text
+from .losses import pair_losses
+from .tokens import EncodedPair, by_length, collate, encode_text
+from .uncertainty import mean_and_error
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """log p(response | prompt) of n pairs under one model: chosen [n], rejected [n], float32, on the CPU."""
+    """log p(response | prompt) of n pairs under one model, with the responses' lengths; all [n], on the CPU.
+
+    chosen, rejected: float32, nats; chosen_tokens, rejected_tokens: int64, end-of-text included.
+    """
 
     chosen: Tensor
     rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    def __getitem__(self, at: Any) -> PairScores:
+        """The scores of some of the pairs: a slice, indices or a mask."""
+        return PairScores(self.chosen[at], self.rejected[at], self.chosen_tokens[at], self.rejected_tokens[at])
 
 
 @dataclass(frozen=True)
@@ -45,48 +54,60 @@ def score_pairs(
     model: Any, pairs: Sequence[EncodedPair], compute: Compute, *, pad_id: int, batch_size: int = 16, name: str = ""
 ) -> PairScores:
     """Log-probabilities of all pairs, in their order. Pairs of like length share a batch, to pad little."""
-    by_length = sorted(
-        range(len(pairs)), key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))
-    )
+    order = by_length(pairs)
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
     bar = tqdm(range(0, len(pairs), batch_size), desc=name or "scoring", unit="batch", disable=None if name else True)
     for start in bar:
-        at = by_length[start : start + batch_size]
+        at = order[start : start + batch_size]
         batch = collate([pairs[i] for i in at], pad_id).to(compute.device)
         with compute.autocast():
             of_chosen, of_rejected = pair_logprobs(model, batch)
         chosen[at], rejected[at] = of_chosen.float().cpu(), of_rejected.float().cpu()
-    return PairScores(chosen, rejected)
+    lengths = (torch.tensor([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen", "rejected"))
+    return PairScores(chosen, rejected, *lengths)
 
 
-def mean_and_error(values: Tensor | Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean (nan for fewer than two values)."""
-    x = torch.as_tensor(values, dtype=torch.float64)
-    error = x.std().item() / math.sqrt(len(x)) if len(x) > 1 else float("nan")
-    return x.mean().item(), error
-
-
-def preference_metrics(policy: PairScores, reference: PairScores, beta: float) -> dict[str, float]:
-    """Metrics of a policy on pairs (DESIGN's words): DPO loss, rewards, margins, accuracy, chosen log-ratio.
-
-    reward_accuracy is the share of pairs with margin > 0 and ties the share with margin exactly 0;
-    keys ending in _se are standard errors over pairs. chosen_logratio is the mean log-ratio on the data's
-    chosen responses, which is not a KL divergence: it is no expectation over the policy and can be negative.
-    """
-    losses, chosen, rejected = dpo_loss(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=beta)
-    margins = chosen - rejected
-    values = {
+def pair_values(
+    policy: PairScores, reference: PairScores, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """Of each pair, [n]: loss, chosen and rejected reward, reward margin, whether it is right, chosen log-ratio."""
+    losses, chosen, rejected = pair_losses(
+        policy.chosen, policy.rejected, reference.chosen, reference.rejected, policy.chosen_tokens,
+        policy.rejected_tokens, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing,
+    )  # fmt: skip
+    return {
         "loss": losses,
         "chosen_reward": chosen,
         "rejected_reward": rejected,
-        "reward_margin": margins,
-        "reward_accuracy": (margins > 0).float(),
+        "reward_margin": chosen - rejected,
+        "reward_accuracy": (chosen > rejected).float(),
         "chosen_logratio": chosen / beta,
     }
-    metrics = {"ties": (margins == 0).float().mean().item()}
+
+
+def preference_metrics(
+    policy: PairScores, reference: PairScores, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+) -> dict[str, float]:
+    """Means of `pair_values` over the pairs, each with its standard error (`_se`), and the share of ties.
+
+    reward_accuracy is the share of pairs with margin > 0 and ties the share with margin exactly 0.
+    chosen_logratio is the mean log-ratio on the data's chosen responses, which is not a KL divergence: it is
+    no expectation over the policy and can be negative.
+    """
+    values = pair_values(policy, reference, beta, loss_type, label_smoothing)
+    metrics = {"ties": (values["reward_margin"] == 0).float().mean().item()}
     for key, value in values.items():
         metrics[key], metrics[f"{key}_se"] = mean_and_error(value)
     return metrics
+
+
+def longer_wins(pairs: PairScores) -> tuple[float, float]:
+    """(Accuracy, share of ties) of a judge who always prefers the longer response, in tokens.
+
+    The baseline of every reward accuracy: a model that only learned to like length gets this much.
+    """
+    longer = pairs.chosen_tokens - pairs.rejected_tokens
+    return (longer > 0).float().mean().item(), (longer == 0).float().mean().item()
 
 
 @torch.no_grad()
@@ -110,17 +131,18 @@ def measure_kl(
         EncodedPair(encode_text(tokenizer, r.prompt)[-max_prompt_length:], r.ids, r.ids, index=i)
         for i, r in enumerate(responses)
     ]
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].chosen))
+    order = by_length(rows)
     estimates: dict[str, list[Tensor]] = {"kl": [], "k1": [], "k3": []}
     for start in range(0, len(rows), batch_size):
-        at = by_length[start : start + batch_size]
+        at = order[start : start + batch_size]
         pair_batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(compute.device)
         size = len(at)  # chosen and rejected hold the same response here: the first half is enough
-        ids, mask = pair_batch.ids[:size], pair_batch.attention_mask[:size]
+        ids, mask, response = (t[:size] for t in (pair_batch.ids, pair_batch.attention_mask, pair_batch.response_mask))
         with compute.autocast():
-            policy_logits = policy(input_ids=ids, attention_mask=mask).logits
-            reference_logits = reference(input_ids=ids, attention_mask=mask).logits
-        for key, value in sequence_kl(policy_logits, reference_logits, ids, pair_batch.response_mask[:size]).items():
+            first = int(response.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token
+            run = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": ids.shape[1] - first, "use_cache": False}
+            logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
+        for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
             estimates[key].append(value.cpu())
     result: dict[str, float] = {}
     for key, values in estimates.items():
@@ -129,13 +151,46 @@ def measure_kl(
 
 
 def text_measures(responses: Sequence[Response]) -> dict[str, float]:
-    """Length in tokens, share that ended by itself, repeated 3-gram share (each with _se), distinct-2."""
+    """Of sampled responses: length in tokens, the share that ended by itself, repeated 3-grams and the share
+    that end in a loop (each with _se), and distinct-1 and distinct-2 over all of them.
+    """
     texts = [response.text for response in responses]
-    measures = {"distinct_2": distinct_n(texts, 2)}
+    measures = {"distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2)}
     for key, values in {
         "length": [float(len(r.ids)) for r in responses],
         "ended": [float(r.ended) for r in responses],
         "repeated_3grams": [repeated_share(text) for text in texts],
+        "looping": [float(ends_in_a_loop(text)) for text in texts],
     }.items():
         measures[key], measures[f"{key}_se"] = mean_and_error(values)
     return measures
+
+
+def measure_samples(
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    compute: Compute,
+    *,
+    max_new_tokens: int,
+    max_prompt_length: int,
+    seed: int,
+    true_reward: Callable[[str, str], float] | None = None,
+    name: str = "sampling",
+) -> tuple[list[Response], dict[str, float]]:
+    """Sample one response to each prompt from the policy and measure them: KL to the reference, text, true reward.
+
+    true_reward: (prompt, response text) -> reward, where it is known. Returns the responses and the metrics of
+    `measure_kl` and `text_measures`, with true_reward, true_reward_se and true_reward_sd if it is known.
+    """
+    lengths = {"max_prompt_length": max_prompt_length}
+    responses = sample(
+        policy, tokenizer, prompts, max_new_tokens=max_new_tokens, compute=compute, seed=seed, name=name, **lengths
+    )
+    metrics = measure_kl(policy, reference, tokenizer, responses, compute, **lengths) | text_measures(responses)
+    if true_reward is not None:
+        rewards = torch.tensor([true_reward(r.prompt, r.text) for r in responses], dtype=torch.float64)
+        mean, error = mean_and_error(rewards)
+        metrics |= {"true_reward": mean, "true_reward_se": error, "true_reward_sd": rewards.std().item()}
+    return responses, metrics

@@ -60,7 +60,7 @@ def sample(
     seed: int = 0,
     temperature: float = 1.0,
     max_prompt_length: int = 128,
-    batch_size: int = 60,
+    batch_size: int = 80,
     name: str = "sampling",
 ) -> list[Response]:
     """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
@@ -104,6 +104,12 @@ def repeated_share(text: str, n: int = 3) -> float:
     """Share of a text's word n-grams that repeat an earlier one; 0 for a text without any."""
     grams = _ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def ends_in_a_loop(text: str, times: int = 3) -> bool:
+    """Whether a text ends with the same group of words `times` times in a row, such as "I see. I see. I see." """
+    words = text.lower().split()
+    return any(words[-times * period :] == words[-period:] * times for period in range(1, len(words) // times + 1))
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

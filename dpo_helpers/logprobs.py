@@ -40,8 +40,8 @@ def batch_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, response_mas
     of the memory.
     """
     first = int(response_mask.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token of the batch
-    kept = ids.shape[1] - first
-    logits = model(input_ids=ids, attention_mask=attention_mask, logits_to_keep=kept).logits  # [N, kept, V]
+    kept = {"logits_to_keep": ids.shape[1] - first, "use_cache": False}
+    logits = model(input_ids=ids, attention_mask=attention_mask, **kept).logits  # [N, T - first, V]
     return response_logprobs(logits, ids[:, first:], response_mask[:, first:])
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import jinja2
 
-from . import figures, mini
+from . import figures
 from .checkpoints import write_text
 from .display import visible
 from .evaluation import Evaluation
 from .generation import Response
 from .runs import Stage, about
-from .settings import EMBEDDED, Settings
+from .settings import Settings
 from .steps import (
-    Data,
+    accuracy_baselines,
     get_base,
     get_comparison,
     get_data,
@@ -54,15 +54,6 @@ def _model_record(evaluation: Evaluation, stage: Stage) -> dict[str, Any]:
     }
 
 
-def best_possible(settings: Settings, data: Data) -> float | None:
-    """Expected accuracy of a judge who knows the true reward, on the held-out pairs; None where it is unknown."""
-    if settings.dataset != EMBEDDED:
-        return None
-    pairs = data.pairs.held_out
-    gaps = [mini.true_reward(p.prompt, p.chosen) - mini.true_reward(p.prompt, p.rejected) for p in pairs]
-    return mini.best_possible_accuracy(gaps)
-
-
 def collect_results(settings: Settings) -> dict[str, Any]:
     """Everything that was measured in a run, as JSON values: settings, data, models, sweep."""
     data = get_data(settings)
@@ -77,7 +68,7 @@ def collect_results(settings: Settings) -> dict[str, Any]:
             "held_out_pairs": len(data.held_out),
             "dropped_rows": len(data.pairs.dropped),
             "cut_pairs": sum(pair.was_cut for pair in (*data.train, *data.held_out)),
-            "best_possible_accuracy": best_possible(settings, data),
+            "accuracy_baselines": accuracy_baselines(settings),
         },
         "models": {name: _model_record(e, stages[name]) for name, e in comparison.items()},
         "sweep": {f"{b:g}": _model_record(sweep[b], s) for b, s in get_sweep(settings).items()},

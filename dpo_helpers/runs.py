@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -48,8 +48,13 @@ class Stage:
 
     def scores(self, part: str) -> PairScores:
         """Log-probabilities of the "train" or "held_out" pairs under this model, as stored with it."""
-        tensors = load_file(self.folder / LOGPROBS)
-        return PairScores(tensors[f"{part}_chosen"], tensors[f"{part}_rejected"])
+        return load_scores(self.folder, part)
+
+
+def load_scores(folder: Path, part: str) -> PairScores:
+    """The log-probabilities of the "train" or "held_out" pairs that a stage's folder holds."""
+    tensors = load_file(folder / LOGPROBS)
+    return PairScores(**{field.name: tensors[f"{part}_{field.name}"] for field in fields(PairScores)})
 
 
 def open_stage(name: str, folder: Path) -> Stage:

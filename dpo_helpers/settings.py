@@ -58,9 +58,13 @@ class Settings:
     max_grad_norm: float = _setting(10.0, "gradients are clipped to this norm; EM: 10")
     beta: float = _setting(0.5, "weight of the KL to the reference; study: 0.5; paper: 0.1")
     betas: tuple[float, ...] = _setting((0.1, 0.5, 1.0, 5.0), "the sweep, comma-separated; study: 0.1,0.5,1,5")
+    frontier_betas: tuple[float, ...] = _setting((0.05,), "more β for the frontier, beside the sweep's; paper: 0.05")
+    loss_type: str = _setting("sigmoid", "sigmoid (DPO), ipo, hinge or robust; names as in TRL")
+    label_smoothing: float = _setting(0.0, "share of labels taken to be wrong, for sigmoid (cDPO) and robust")
     init_from: str = _setting("base", "base: π_ref is the plain model (study); sft: both start from SFT (paper)")
     prompts: int = _setting(120, "held-out prompts on which responses are sampled for KL and text measures")
     max_new_tokens: int = _setting(64, "tokens of a sampled response at most")
+    curve_prompts: int = _setting(40, "prompts on which KL is measured at each point of a training curve")
     curve_points: int = _setting(5, "evaluations during a training, for its curves")
     seed: int = _setting(0, "seed of everything random")
     device: str = _setting("auto", "auto, cuda, mps or cpu")
@@ -77,7 +81,11 @@ class Settings:
         self._require("max_dropped", 0 <= self.max_dropped <= 1, "a share from 0 to 1")
         self._require("max_prompt_length", self.max_prompt_length < self.max_length, "less than max_length")
         self._require("betas", bool(self.betas) and all(_is_number(b) and b > 0 for b in self.betas), "positive")
+        self._require("frontier_betas", all(_is_number(b) and b > 0 for b in self.frontier_betas), "positive")
         self._require("betas", len(set(self.betas)) == len(self.betas), "different numbers")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
+        smoothed = self.loss_type in ("sigmoid", "robust")
+        self._require("label_smoothing", smoothed or self.label_smoothing == 0, f"0 with loss_type {self.loss_type}")
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
 
@@ -97,11 +105,13 @@ class Settings:
 
 _POSITIVE = (
     "held_out_pairs", "max_length", "max_prompt_length", "epochs", "sft_epochs", "batch_size", "micro_batch_size",
-    "learning_rate", "sft_learning_rate", "max_grad_norm", "beta", "prompts", "max_new_tokens", "curve_points",
+    "learning_rate", "sft_learning_rate", "max_grad_norm", "beta", "prompts", "max_new_tokens", "curve_prompts",
+    "curve_points",
 )  # fmt: skip
 _CHOICES = {
     "optimizer": ("rmsprop", "adamw"),
     "schedule": ("constant", "linear"),
+    "loss_type": ("sigmoid", "ipo", "hinge", "robust"),
     "init_from": ("base", "sft"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -119,7 +129,7 @@ def _numbers(settings: Settings) -> Settings:
 PROFILES: dict[str, Settings] = {
     "mini": Settings(
         max_pairs=4000, epochs=1, learning_rate=5e-4, sft_learning_rate=5e-4, warmup_steps=20, schedule="linear",
-        prompts=240,
+        prompts=240, curve_points=4, curve_prompts=60,
     ),
     "gpt2": Settings(
         profile="gpt2", model="openai-community/gpt2", model_revision=GPT2_REVISION,

@@ -10,7 +10,7 @@ and made anew, and a line says why. Notebooks and the command line call the same
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,26 +21,33 @@ from safetensors.torch import save_file
 
 from . import mini
 from .checkpoints import json_hash
+from .engine import FrozenTrunk
 from .errors import SettingsError
-from .evaluation import (
-    Evaluation,
-    PairScores,
-    mean_and_error,
-    measure_kl,
-    preference_metrics,
-    score_pairs,
-    text_measures,
-)
+from .evaluation import Evaluation, PairScores, longer_wins, measure_samples, preference_metrics, score_pairs
 from .generation import Response, sample
 from .hh import Dropped, Pair, single_turn
-from .models import freeze, load_model, load_tokenizer, model_commit, model_identity, save_model, weights_hash
+from .losses import sft_loss
+from .models import (
+    freeze,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    model_commit,
+    model_identity,
+    save_model,
+    weights_hash,
+)
 from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, read_jsonl, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData, data_identity, load_pairs
 from .tokens import EncodedPair, encode_pair
 from .training import DPOObjective, MetricsRow, Objective, TrainPlan, sft_objective, train
+from .uncertainty import mean_and_error
 
-CURVE_PAIRS = 160  # held-out pairs behind each point of a training curve; final numbers use all of them
+CurveRow = Callable[[PairScores], MetricsRow]
+
+CURVE_PAIRS = 120  # held-out pairs behind each point of a training curve; final numbers use all of them
+TRUNK_BYTES = 10**9  # memory for the frozen blocks' output, kept for runs that share it; past it they run each time
 HOT_FACTOR = 10  # learning rate of the run that over-optimises on purpose (notebook 6), in those of the main run
 HOT_PAIRS = 1200  # training pairs of that run: enough to wreck it
 FINAL_MODEL = "dpo_gpt2_model_final"
@@ -119,10 +126,12 @@ def _save_stage(
     logprobs: dict[str, torch.Tensor] = {}
     for part, pairs in parts.items():
         scores = score_pairs(model, pairs, compute, pad_id=data.pad_id, name=f"scoring {part} pairs")
-        logprobs |= {f"{part}_chosen": scores.chosen, f"{part}_rejected": scores.rejected}
+        logprobs |= {f"{part}_{key}": value for key, value in vars(scores).items()}
     save_file(logprobs, folder / LOGPROBS)
     save_model(model, data.tokenizer, folder)
-    return {"weights_sha256": weights_hash(model)}
+    both = (*data.train, *data.held_out)
+    cut = sum(pair.chosen_cut + pair.rejected_cut > 0 for pair in both)
+    return {"weights_sha256": weights_hash(model), "pairs": len(both), "cut_responses": cut}
 
 
 def get_base(settings: Settings) -> Stage:
@@ -149,9 +158,20 @@ def get_reference(settings: Settings) -> Stage:
 
 
 def _train_stage(
-    settings: Settings, name: str, start: Stage, objective: Objective, plan: TrainPlan, evaluate: Any, **made_from: Any
+    settings: Settings,
+    name: str,
+    start: Stage,
+    objective: Objective,
+    plan: TrainPlan,
+    curve_row: CurveRow | None,
+    share_trunk: bool,
+    **made_from: Any,
 ) -> Stage:
-    """Train a copy of `start` with the first blocks frozen, and store it as artefact `name`."""
+    """Train a copy of `start` with the first blocks frozen, and store it as artefact `name`.
+
+    curve_row: what held-out scores become in a row of the training curve; None: no curve. share_trunk: keep the
+    frozen blocks' output in this process, for the runs that follow (`engine`).
+    """
     data = get_data(settings)
     made_from |= {
         "start": start.weights_sha256,
@@ -164,14 +184,56 @@ def _train_stage(
         compute = compute_of(settings)
         model = start.load(compute)
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
+        evaluate = _curve(settings, start, curve_row) if curve_row else None
+        trunk = _frozen_trunk(settings, start.folder, start.weights_sha256) if share_trunk or plan.epochs > 1 else None
         rows = train(
-            model, data.train[: made_from.get("pairs")], objective, plan, compute, pad_id=data.pad_id, name=name,
-            evaluate=(lambda: evaluate(model)) if evaluate else None, evaluations=settings.curve_points,
+            model, data.train[: made_from.get("pairs")], trunk.wrap(objective) if trunk else objective, plan, compute,
+            pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
+            evaluations=settings.curve_points,
         )  # fmt: skip
         is_reference = name == "sft" and settings.init_from == "sft"
         return _save_stage(folder, settings, data, model, rows, is_reference=is_reference)
 
     return open_stage(name, artefact(settings, name, made_from, _make))
+
+
+@lru_cache(maxsize=1)
+def _frozen_trunk(settings: Settings, start: Path, weights_sha256: str) -> FrozenTrunk | None:
+    """The trunk that all runs from one start share; None where nothing is frozen, or it would not fit in memory."""
+    data, model = get_data(settings), load_saved(start).to(compute_of(settings).device)
+    too_large = FrozenTrunk.bytes_needed(data.train, model.config.hidden_size) > TRUNK_BYTES
+    if too_large or not settings.freeze_layers or not settings.freeze_embeddings:
+        return None
+    return FrozenTrunk(model, settings.freeze_layers, data.train, compute_of(settings), pad_id=data.pad_id)
+
+
+def _curve(settings: Settings, start: Stage, row: CurveRow) -> Callable[[Any], MetricsRow]:
+    """What is measured at each point of a training: some held-out pairs, and samples with their KL to the start."""
+    data, compute = get_data(settings), compute_of(settings)
+    reference = start.load(compute)
+    prompts = evaluation_prompts(settings)[: settings.curve_prompts]
+    calls = 0
+
+    def evaluate(model: Any) -> MetricsRow:
+        nonlocal calls
+        calls += 1
+        scores = score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
+        held_out = {"pairs": len(scores.chosen), **row(scores)}
+        if calls == 1:  # before the first update the policy is the reference: its samples are measured elsewhere
+            return held_out
+        return held_out | _measure_samples(settings, model, reference, prompts, "")[1]
+
+    return evaluate
+
+
+def _measure_samples(
+    settings: Settings, policy: Any, reference: Any, prompts: Sequence[str], name: str
+) -> tuple[list[Response], dict[str, float]]:
+    return measure_samples(
+        policy, reference, get_data(settings).tokenizer, prompts, compute_of(settings), name=name,
+        true_reward=mini.true_reward if settings.dataset == EMBEDDED else None,
+        **{k: getattr(settings, k) for k in ("max_new_tokens", "max_prompt_length", "seed")},
+    )  # fmt: skip
 
 
 def _plan(settings: Settings, epochs: int, learning_rate: float) -> TrainPlan:
@@ -181,53 +243,89 @@ def _plan(settings: Settings, epochs: int, learning_rate: float) -> TrainPlan:
 
 def get_sft(settings: Settings) -> Stage:
     """Step 3: the plain model fine-tuned on the chosen responses. Artefact: sft/."""
-    data, base = get_data(settings), get_base(settings)
-    curve = data.held_out[:CURVE_PAIRS]
-    tokens = torch.tensor([len(pair.chosen) for pair in curve])
-
-    def evaluate(model: Any) -> MetricsRow:
-        scores = score_pairs(model, curve, compute_of(settings), pad_id=data.pad_id)
-        loss, error = mean_and_error(-scores.chosen / tokens)
-        return {"loss": loss, "loss_se": error}
-
-    plan = _plan(settings, settings.sft_epochs, settings.sft_learning_rate)
     serves = {"is_reference": settings.init_from == "sft"}
-    return _train_stage(settings, "sft", base, sft_objective, plan, evaluate, **serves)
+    return _train_sft(settings, "sft", settings.sft_epochs, settings.sft_learning_rate, _sft_row, False, **serves)
+
+
+def _sft_row(scores: PairScores) -> MetricsRow:
+    loss, error = mean_and_error(sft_loss(scores.chosen, scores.chosen_tokens))
+    return {"loss": loss, "loss_se": error}
+
+
+def _train_sft(
+    settings: Settings, name: str, epochs: int, rate: float, curve: CurveRow | None, share: bool, **made_from: Any
+) -> Stage:
+    plan = _plan(settings, epochs, rate)
+    return _train_stage(settings, name, get_base(settings), sft_objective, plan, curve, share, **made_from)
 
 
 def get_dpo(settings: Settings, beta: float | None = None) -> Stage:
     """Step 5: the policy trained with DPO at `beta`. Artefact: dpo/, for other β than the settings' sweep/beta-<β>/."""
     beta = settings.beta if beta is None else beta
-    if beta != settings.beta:
-        return _train_dpo(settings, f"sweep/beta-{beta:g}", beta, settings.learning_rate)
-    data, held_out = get_data(settings), get_reference(settings).scores("held_out")
-    reference = PairScores(held_out.chosen[:CURVE_PAIRS], held_out.rejected[:CURVE_PAIRS])
+    reference = get_reference(settings).scores("held_out")[:CURVE_PAIRS]
 
-    def evaluate(model: Any) -> MetricsRow:
-        scores = score_pairs(model, data.held_out[:CURVE_PAIRS], compute_of(settings), pad_id=data.pad_id)
-        return preference_metrics(scores, reference, beta)
+    def row(scores: PairScores) -> MetricsRow:
+        return preference_metrics(scores, reference, beta, settings.loss_type, settings.label_smoothing)
 
-    return _train_dpo(settings, "dpo", beta, settings.learning_rate, evaluate)
+    is_main = beta == settings.beta
+    name = "dpo" if is_main else f"sweep/beta-{beta:g}"
+    return _train_dpo(settings, name, beta, settings.learning_rate, row, share_trunk=not is_main)
+
+
+def get_hot_sft(settings: Settings) -> Stage:
+    """SFT driven to collapse on purpose: HOT_FACTOR times the rate, on HOT_PAIRS pairs. Artefact: hot-sft/."""
+    rate = HOT_FACTOR * settings.sft_learning_rate
+    return _train_sft(settings, "hot-sft", settings.sft_epochs, rate, None, True, pairs=HOT_PAIRS)
 
 
 def get_hot_dpo(settings: Settings) -> Stage:
-    """DPO that over-optimises on purpose: HOT_FACTOR times the rate, on HOT_PAIRS pairs. Artefact: hot/."""
-    return _train_dpo(settings, "hot", settings.beta, HOT_FACTOR * settings.learning_rate, pairs=HOT_PAIRS)
+    """DPO that over-optimises on purpose: HOT_FACTOR times the rate, on HOT_PAIRS pairs. Artefact: hot-dpo/."""
+    rate = HOT_FACTOR * settings.learning_rate
+    return _train_dpo(settings, "hot-dpo", settings.beta, rate, None, share_trunk=True, pairs=HOT_PAIRS)
 
 
 def _train_dpo(
-    settings: Settings, name: str, beta: float, learning_rate: float, evaluate: Any = None, pairs: int | None = None
+    settings: Settings,
+    name: str,
+    beta: float,
+    rate: float,
+    curve: CurveRow | None,
+    *,
+    share_trunk: bool,
+    pairs: int | None = None,
 ) -> Stage:
     reference = get_reference(settings)
     scores = reference.scores("train")
-    objective = DPOObjective(scores.chosen, scores.rejected, beta)
-    plan = _plan(settings, settings.epochs, learning_rate)
-    return _train_stage(settings, name, reference, objective, plan, evaluate, beta=beta, pairs=pairs)
+    loss = {"loss_type": settings.loss_type, "label_smoothing": settings.label_smoothing}
+    objective = DPOObjective(scores.chosen, scores.rejected, beta, **loss)  # type: ignore[arg-type]
+    plan = _plan(settings, settings.epochs, rate)
+    return _train_stage(settings, name, reference, objective, plan, curve, share_trunk, beta=beta, pairs=pairs, **loss)
 
 
 def get_sweep(settings: Settings) -> dict[float, Stage]:
     """Step 6: one DPO policy for each β of the sweep, all from the same reference."""
     return {beta: get_dpo(settings, beta) for beta in settings.betas}
+
+
+def get_frontier(settings: Settings) -> dict[str, Stage]:
+    """SFT and DPO at the sweep's and the frontier's β, with true reward (if known) and KL along their training."""
+    betas = sorted({*settings.betas, *settings.frontier_betas})
+    return {"sft": get_sft(settings)} | {f"β = {beta:g}": get_dpo(settings, beta) for beta in betas}
+
+
+def accuracy_baselines(settings: Settings) -> dict[str, float]:
+    """What an accuracy on the held-out pairs is to be compared with: "longer wins", and "best possible" if known.
+
+    best possible: expected of a judge who knows the true reward; only the embedded world has one.
+    """
+    data, scores = get_data(settings), get_reference(settings).scores("held_out")
+    accuracy, ties = longer_wins(scores)
+    baselines = {"longer wins": accuracy + ties / 2}  # a tie is decided by a coin
+    if settings.dataset == EMBEDDED:
+        pairs = data.pairs.held_out
+        gaps = [mini.true_reward(p.prompt, p.chosen) - mini.true_reward(p.prompt, p.rejected) for p in pairs]
+        baselines["best possible"] = mini.best_possible_accuracy(gaps)
+    return baselines
 
 
 def _beta_of(settings: Settings, stage: Stage) -> float:
@@ -245,9 +343,8 @@ def evaluation_prompts(settings: Settings) -> list[str]:
 def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
     """Measure a model: rewards on all held-out pairs, KL to π_ref and text measures on its own samples.
 
-    Artefact: evaluation/<name>/. metrics: those of `preference_metrics`, `measure_kl` and `text_measures`; in
-    the embedded world also true_reward of the samples (mean, _se, _sd). Rewards use the model's own β (for
-    reference and SFT the settings' β).
+    Artefact: evaluation/<name>/. metrics: those of `preference_metrics` and `measure_samples`. Rewards use the
+    model's own β (for reference and SFT the settings' β).
     """
     data, reference = get_data(settings), get_reference(settings)
     name, beta = stage.name.replace("sweep/", ""), _beta_of(settings, stage)
@@ -256,26 +353,19 @@ def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
         "reference": reference.weights_sha256,
         "data": data.sha256,
         "beta": beta,
+        "loss": [settings.loss_type, settings.label_smoothing],
         **{k: getattr(settings, k) for k in ("prompts", "max_new_tokens", "max_prompt_length", "seed")},
     }
 
     def _make(folder: Path) -> dict[str, Any]:
         compute = compute_of(settings)
         policy, base = stage.load(compute), reference.load(compute)
-        lengths = {"max_prompt_length": settings.max_prompt_length}
-        responses = sample(
-            policy, data.tokenizer, evaluation_prompts(settings), max_new_tokens=settings.max_new_tokens,
-            compute=compute, seed=settings.seed, name=f"sampling from {name}", **lengths,
-        )  # fmt: skip
-        metrics = preference_metrics(stage.scores("held_out"), reference.scores("held_out"), beta)
-        metrics |= measure_kl(policy, base, data.tokenizer, responses, compute, **lengths)
-        metrics |= text_measures(responses)
-        if settings.dataset == EMBEDDED:
-            rewards = torch.tensor([mini.true_reward(r.prompt, r.text) for r in responses], dtype=torch.float64)
-            mean, error = mean_and_error(rewards)
-            metrics |= {"true_reward": mean, "true_reward_se": error, "true_reward_sd": rewards.std().item()}
+        loss = settings.loss_type, settings.label_smoothing
+        metrics = preference_metrics(stage.scores("held_out"), reference.scores("held_out"), beta, *loss)
+        prompts = evaluation_prompts(settings)
+        responses, sampled = _measure_samples(settings, policy, base, prompts, f"sampling from {name}")
         write_jsonl(folder / "responses.jsonl", [asdict(r) for r in responses])
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        (folder / "metrics.json").write_text(json.dumps(metrics | sampled, indent=1), encoding="utf-8")
         return {}
 
     folder = artefact(settings, f"evaluation/{name}", made_from, _make)

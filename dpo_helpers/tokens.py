@@ -110,6 +110,13 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
     return PairBatch(ids, attention, in_response, tuple(p.index for p in pairs))
 
 
+def by_length(pairs: Sequence[EncodedPair]) -> list[int]:
+    """Positions of the pairs, shortest first (prompt + longer response): neighbours pad little in one batch."""
+    return sorted(
+        range(len(pairs)), key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))
+    )
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n pairs in an epoch: a permutation that depends on (seed, epoch) and nothing else."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

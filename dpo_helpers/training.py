@@ -14,8 +14,8 @@ from tqdm import tqdm
 from .device import Compute
 from .errors import TrainingError
 from .logprobs import batch_logprobs, pair_logprobs
-from .losses import dpo_loss, sft_loss
-from .tokens import EncodedPair, PairBatch, batch_order, collate
+from .losses import pair_losses, sft_loss
+from .tokens import EncodedPair, PairBatch, batch_order, by_length, collate
 
 MetricsRow = dict[str, Any]
 
@@ -52,7 +52,7 @@ def sft_objective(model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[T
 
 @dataclass(frozen=True)
 class DPOObjective:
-    """The DPO loss against reference log-probabilities that were computed once.
+    """A loss of `losses.dpo_loss` against reference log-probabilities that were computed once.
 
     reference_chosen, reference_rejected: log p_ref of every training pair, [n], float32, on the CPU.
     """
@@ -60,6 +60,8 @@ class DPOObjective:
     reference_chosen: Tensor
     reference_rejected: Tensor
     beta: float
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
 
     def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """DPO losses and the rewards of a batch, one value a pair; `pairs` picks the reference's values."""
@@ -67,9 +69,11 @@ class DPOObjective:
         at = list(pairs)
         reference_chosen = self.reference_chosen[at].to(chosen.device)
         reference_rejected = self.reference_rejected[at].to(chosen.device)
-        losses, chosen_reward, rejected_reward = dpo_loss(
-            chosen, rejected, reference_chosen, reference_rejected, beta=self.beta
-        )
+        tokens = batch.response_mask.sum(dim=-1).chunk(2)
+        losses, chosen_reward, rejected_reward = pair_losses(
+            chosen, rejected, reference_chosen, reference_rejected, *tokens,
+            beta=self.beta, loss_type=self.loss_type, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
         return losses, {
             "chosen_reward": chosen_reward,
             "rejected_reward": rejected_reward,
@@ -171,9 +175,9 @@ def _evaluation_points(updates: int, evaluations: int) -> set[int]:
 
 def _micro_batches(pairs: Sequence[EncodedPair], at: list[int], size: int) -> Iterator[list[int]]:
     """Split a batch into parts of `size` pairs of like length: less padding and memory, the same gradient."""
-    by_length = sorted(at, key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected)))
+    order = [at[i] for i in by_length([pairs[i] for i in at])]
     for start in range(0, len(at), size):
-        yield by_length[start : start + size]
+        yield order[start : start + size]
 
 
 def _require_finite(what: str, values: Tensor, step: int, rows: Sequence[int]) -> None:

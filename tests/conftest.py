@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def tiny_gpt2(seed: int = 0, vocab: int = 50, blocks: int = 3) -> GPT2LMHeadModel:
+def tiny_gpt2(seed: int = 0, vocab: int = 50, blocks: int = 3, positions: int = 64) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocab, n_positions=64, n_embd=16, n_layer=blocks, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=vocab, n_positions=positions, n_embd=16, n_layer=blocks, n_head=2, bos_token_id=0, eos_token_id=0
     )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():  # GPT-2's initial weights are so small that all logits would be almost equal

@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+
+from dpo_helpers.uncertainty import bootstrap_mean, mean_and_error, paired_difference
+
+
+def test_mean_and_error_by_hand():
+    """1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14/3, error √(14/3)/2 = 1.0801."""
+    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3) / 2))
+    assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_bootstrap_of_a_normal_sample_is_the_textbook_interval():
+    """n = 400, SD 2: ± 1.96 · 2/20 = ± 0.196 around the sample's mean."""
+    x = 2 * torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    interval = bootstrap_mean(x)
+    assert interval.estimate == pytest.approx(x.mean().item())
+    half = 1.96 * mean_and_error(x)[1]
+    assert interval.low == pytest.approx(x.mean().item() - half, abs=0.02)
+    assert interval.high == pytest.approx(x.mean().item() + half, abs=0.02)
+
+
+def test_coverage():
+    """Of 200 samples of 60 coin flips with p = 0.7, about 95 % of the intervals hold 0.7; 50 % ones hold it about half."""
+    generator = torch.Generator().manual_seed(1)
+    samples = [(torch.rand(60, generator=generator) < 0.7).double() for _ in range(200)]
+    for level, low, high in ((0.95, 0.90, 0.99), (0.5, 0.4, 0.62)):
+        intervals = [bootstrap_mean(s, level=level, resamples=500) for s in samples]
+        assert low <= sum(i.low <= 0.7 <= i.high for i in intervals) / 200 <= high
+
+
+def test_pairing_takes_out_what_both_share():
+    """Both share a difficulty of SD 10 and differ by 1 ± 0.5: paired ± 0.05, unpaired about ± 1.4."""
+    generator = torch.Generator().manual_seed(2)
+    hard = 10 * torch.randn(400, generator=generator)
+    first, second = (hard + shift + 0.35 * torch.randn(400, generator=generator) for shift in (1.0, 0.0))
+    paired = paired_difference(first, second)
+    assert paired.low < 1.0 < paired.high
+    assert paired.high - paired.low < 0.15
+    assert bootstrap_mean(first).high - bootstrap_mean(first).low > 1.5
+    with pytest.raises(ValueError, match="400 against 399"):
+        paired_difference(first, second[1:])
+
+
+def test_the_same_seed_gives_the_same_interval_and_it_prints():
+    x = torch.arange(50.0)
+    assert bootstrap_mean(x) == bootstrap_mean(x) != bootstrap_mean(x, seed=1)
+    assert str(bootstrap_mean([0.5, 0.5])) == "0.50 [0.50, 0.50]"
