@@ -220,7 +220,7 @@ def _mean(run: Run) -> tuple[bool, str] | None:
         return None
     covariance = both.cov()
     power = (covariance[0, 1] / covariance[0, 0]).item()
-    return power < 0.4, f"-log p grows as length to the power {power:.2f} (a sum: about 1, a mean: about 0)"
+    return power < 0.2, f"-log p grows as length to the power {power:.2f} (a sum: about 1, a mean: about 0)"
 
 
 def _offline(run: Run) -> tuple[bool, str] | None:

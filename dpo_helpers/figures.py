@@ -11,8 +11,11 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from . import study
 from .evaluation import Evaluation
+from .tabular import TabularWorld
 from .training import MetricsRow
 
 COLOURS = sns.color_palette("colorblind")
@@ -104,8 +107,16 @@ def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0
     )  # fmt: skip
 
 
-def plot_dpo(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
-    """DPO training: loss, chosen and rejected rewards, margin, accuracy; training and held-out pairs."""
+def _baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
+    for style, (name, value) in zip((":", "--", "-."), baselines.items(), strict=False):
+        axis.axhline(value, color="grey", ls=style, lw=1.2, label=f"{name}: {value:.2f}")
+
+
+def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder: Path | None = None) -> str:
+    """DPO training: loss, chosen and rejected rewards, margin, accuracy; training and held-out pairs.
+
+    baselines: accuracies to compare with, by name ("longer wins", "best possible").
+    """
     figure, (loss, rewards, margin, accuracy) = _new(2, 2)
     _curve(loss, rows, "loss", "loss", COLOURS[0])
     loss.axhline(np.log(2), color="grey", ls=":", label="ln 2")
@@ -113,7 +124,7 @@ def plot_dpo(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
     _curve(rewards, rows, "rejected_reward", "rejected", COLOURS[3])
     _curve(margin, rows, "reward_margin", "margin", COLOURS[0])
     _curve(accuracy, rows, "reward_accuracy", "accuracy", COLOURS[0])
-    accuracy.axhline(0.5, color="grey", ls=":", label="coin flip")
+    _baselines(accuracy, baselines)
     titles = ("DPO loss", "Implicit rewards", "Reward margin", "Reward accuracy")
     for axis, title in zip((loss, rewards, margin, accuracy), titles, strict=True):
         axis.set(title=title, xlabel="update")
@@ -122,7 +133,7 @@ def plot_dpo(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
     return _finish(
         figure, folder, "05-dpo-training",
         f"On held-out pairs DPO ends at loss {last['loss']:.2f}, reward margin {last['reward_margin']:.2f} and "
-        f"accuracy {last['reward_accuracy']:.2f}.",
+        f"accuracy {last['reward_accuracy']:.2f} ({', '.join(f'{n}: {v:.2f}' for n, v in baselines.items())}).",
     )  # fmt: skip
 
 
@@ -152,7 +163,9 @@ def plot_reward_kl(evaluations: Mapping[str, Evaluation], folder: Path | None = 
     return _finish(figure, folder, "05-reward-kl", f"(KL, {key.replace('_', ' ')}) with standard errors: {points}.")
 
 
-def plot_sweep(evaluations: Mapping[float, Evaluation], folder: Path | None = None) -> str:
+def plot_sweep(
+    evaluations: Mapping[float, Evaluation], baselines: Mapping[str, float], folder: Path | None = None
+) -> str:
     """The β sweep: rewards, KL, accuracy and, where it is known, the true reward of samples, over β."""
     known = all("true_reward" in e.metrics for e in evaluations.values())
     figure, axes = _new(2, 2)
@@ -172,17 +185,122 @@ def plot_sweep(evaluations: Mapping[float, Evaluation], folder: Path | None = No
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xscale="log", xlabel="β", title=title, xticks=betas, xticklabels=[f"{b:g}" for b in betas])
         axis.minorticks_off()
-    axes[0].legend()
-    axes[1].legend()
+    _baselines(axes[2], baselines)
+    for axis in axes[:3]:
+        axis.legend(fontsize="small")
     kls = ", ".join(f"{evaluations[b].metrics['kl']:.2f} at β = {b:g}" for b in betas)
     return _finish(figure, folder, "06-beta-sweep", f"Measured KL to the reference: {kls}.")
 
 
+def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluation, folder: Path | None = None) -> str:
+    """Runs along their training on the reward-KL plane (paper, figure 2): true reward, and implicit margin, over KL.
+
+    runs: metrics of each run by name; points are evaluations along it, a line joins them in order, the last is
+    large. reference: measured; it is where all runs start. Without a known true reward only the margin is drawn.
+    """
+    keys = ("true_reward", "reward_margin") if "true_reward" in reference.metrics else ("reward_margin",)
+    figure, axes = _new(len(keys), width=5.2, height=4)
+    for axis, key in zip(axes, keys, strict=True):
+        for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
+            _path(axis, [row for row in rows if "kl" in row and key in row], key, reference.metrics[key], name, colour)
+        title = {"true_reward": "True reward of samples", "reward_margin": "Implicit reward margin, held out"}[key]
+        axis.set(xlabel="KL(π_θ‖π_ref), nats a response", ylabel=key.replace("_", " "), title=title)
+        axis.set_xscale("symlog", linthresh=1.0)
+        axis.legend(fontsize="small")
+    best = []
+    for name, rows in runs.items():
+        points = [row for row in rows if "kl" in row and keys[0] in row]
+        if points:
+            top = max(points, key=lambda row: row[keys[0]])
+            best.append(f"{name} {top[keys[0]]:.2f} at KL {top['kl']:.2f}")
+    summary = f"Highest {keys[0].replace('_', ' ')} along each training: {', '.join(best)}."
+    return _finish(figure, folder, "06-frontier", summary)
+
+
+def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str, colour: Any) -> None:
+    if not points:
+        return  # SFT has no margin of its own
+    x, y = [0.0, *(row["kl"] for row in points)], [start, *(row[key] for row in points)]
+    axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=name)
+    last = points[-1]
+    axis.errorbar(
+        last["kl"], last[key], xerr=last["kl_se"], yerr=last[f"{key}_se"], color=colour, marker="D", ms=7, capsize=3
+    )
+
+
+def plot_study(
+    rows: Sequence[MetricsRow],
+    comparison: Mapping[str, Evaluation],
+    sweep: Mapping[float, Evaluation],
+    folder: Path | None = None,
+) -> str:
+    """The source study's three figures from our runs with its estimator, its published points beside them.
+
+    Loss by epoch (ours: by fifth of the run), reward against "KL" (both from the chosen log-ratio), "KL" over β; in the
+    last also the measured KL.
+    """
+    figure, (loss, plane, by_beta) = _new(3, width=4.2)
+    ours, theirs = COLOURS[0], COLOURS[3]
+    epochs = range(1, len(study.LOSS_BY_EPOCH) + 1)
+    loss.plot(epochs, study.LOSS_BY_EPOCH, color=theirs, marker="s", label="study, by epoch")
+    parts = study.loss_by_part(rows, len(epochs))
+    loss.plot(epochs[: len(parts)], parts, color=ours, marker="o", label="ours, by fifth of the run")
+    loss.axhline(np.log(2), color="grey", ls=":", label="ln 2")
+    loss.set(xlabel="epoch (ours: fifth)", ylabel="DPO loss", title="Training loss")
+    for name, (reward, kl) in study.REWARD_AND_KL.items():
+        plane.scatter(kl, reward, color=theirs, marker=MODEL_MARKER[name], label=f"study, {name}")
+    for name in study.REWARD_AND_KL:
+        reward, kl = study.study_point(comparison[name])
+        plane.scatter(kl, reward, color=ours, marker=MODEL_MARKER[name], label=f"ours, {name}")
+    line = np.array(plane.get_xlim())
+    plane.plot(line, comparison["dpo"].beta * line, color="grey", lw=1, ls="--", label="β × “KL”")
+    plane.set(xlabel="“KL” = chosen log-ratio", ylabel="“reward”", title="Reward against “KL”")
+    betas = sorted(sweep)
+    by_beta.plot(list(study.SWEEP_KL), list(study.SWEEP_KL.values()), color=theirs, marker="s", label="study, “KL”")
+    for key, label, style in (("chosen_logratio", "ours, “KL”", "-"), ("kl", "ours, measured KL", "--")):
+        values, errors = ([sweep[b].metrics[k] for b in betas] for k in (key, f"{key}_se"))
+        by_beta.errorbar(betas, values, yerr=errors, color=ours, marker="o", ls=style, capsize=3, label=label)
+    by_beta.set(xscale="log", xlabel="β", title="“KL” and measured KL")
+    for axis in (loss, plane, by_beta):
+        axis.legend(fontsize="x-small")
+    low, high = sweep[betas[0]].metrics, sweep[betas[-1]].metrics
+    summary = (
+        f"From β = {betas[0]:g} to {betas[-1]:g} the chosen log-ratio goes from {low['chosen_logratio']:.2f} to "
+        f"{high['chosen_logratio']:.2f}, the measured KL from {low['kl']:.2f} to {high['kl']:.2f}."
+    )
+    return _finish(figure, folder, "06-study", summary)
+
+
+def plot_tabular(
+    world: TabularWorld, policies: Mapping[str, Tensor], gaps: Mapping[int, float], folder: Path | None = None
+) -> str:
+    """The tabular laboratory: probabilities of the responses, by falling reward, and the gap by number of preferences.
+
+    policies: probabilities [K] by name; gaps: total variation distance to π* by number of preferences.
+    """
+    figure, (left, right) = _new(2, width=5.2)
+    order = world.reward.argsort(descending=True)
+    x = np.arange(len(order))
+    left.bar(x, world.reference[order].numpy(), color="lightgrey", label="π_ref")
+    for colour, marker, (name, policy) in zip(COLOURS, "ox+s^", policies.items(), strict=False):
+        left.plot(x, policy[order].numpy(), color=colour, marker=marker, ls="none", label=name)
+    left.set(xlabel="response, best first", ylabel="probability", title="Where the losses end")
+    n, gap = np.array(list(gaps)), np.array(list(gaps.values()))
+    right.plot(n, gap, color=COLOURS[0], marker="o", label="DPO")
+    right.plot(n, gap[0] * np.sqrt(n[0] / n), color="grey", ls=":", label="1/√n")
+    right.set(xscale="log", yscale="log", xlabel="preferences", ylabel="total variation to π*")
+    right.set_title("What finite data costs")
+    for axis in (left, right):
+        axis.legend(fontsize="small")
+    text = ", ".join(f"{gap:.3f} with {n:,}" for n, gap in gaps.items())
+    return _finish(figure, folder, "04-tabular", f"Total variation distance to π* by number of preferences: {text}.")
+
+
 def plot_text_measures(evaluations: Mapping[str, Evaluation], folder: Path | None = None) -> str:
-    """Bars of length, share of ended responses, repeated 3-grams and distinct-2, a bar a model."""
-    figure, axes = _new(4, width=2.6)
+    """Bars of length, share of ended responses, repeated 3-grams, loops and distinct-2, a bar a model."""
+    figure, axes = _new(5, width=2.5)
     keys = {"length": "length, tokens", "ended": "ended by itself", "repeated_3grams": "repeated 3-grams",
-            "distinct_2": "distinct-2"}  # fmt: skip
+            "looping": "ends in a loop", "distinct_2": "distinct-2"}  # fmt: skip
     names = list(evaluations)
     for axis, (key, title) in zip(axes, keys.items(), strict=True):
         values = [evaluations[n].metrics[key] for n in names]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jsonschema
 
 from . import figures
 from .checkpoints import write_text
 from .display import visible
+from .errors import ArtefactError
 from .evaluation import Evaluation
 from .generation import Response
 from .runs import Stage, about
@@ -22,13 +26,17 @@ from .steps import (
     get_base,
     get_comparison,
     get_data,
+    get_differences,
     get_dpo,
     get_final_model,
+    get_frontier,
     get_generations,
     get_sft,
     get_sweep,
     get_sweep_evaluations,
+    get_values,
 )
+from .uncertainty import bootstrap_mean
 
 COLUMNS = {
     "true_reward": "true reward",
@@ -40,26 +48,39 @@ COLUMNS = {
     "chosen_logratio": "chosen log-ratio",
     "length": "length",
     "repeated_3grams": "repeated 3-grams",
+    "looping": "ends in a loop",
 }
 
 
-def _model_record(evaluation: Evaluation, stage: Stage) -> dict[str, Any]:
+def _model_record(settings: Settings, evaluation: Evaluation, stage: Stage) -> dict[str, Any]:
     facts = stage.manifest["about"]
+    values = get_values(settings, stage)
+    intervals = {key: bootstrap_mean(value) for key, value in values.items() if key in evaluation.metrics}
     return {
         "beta": evaluation.beta,
-        "metrics": evaluation.metrics,
+        "metrics": _plain(evaluation.metrics),
+        "intervals": {key: [interval.low, interval.high] for key, interval in intervals.items()},
         "weights_sha256": stage.weights_sha256,
         "seconds": facts["seconds"],
         "device": facts["device"],
     }
 
 
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null where one value is too few for a standard error."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
 def collect_results(settings: Settings) -> dict[str, Any]:
-    """Everything that was measured in a run, as JSON values: settings, data, models, sweep."""
+    """Everything that was measured in a run, as JSON values; `results.schema.json` documents each key.
+
+    Raises ArtefactError if they do not fit the schema.
+    """
     data = get_data(settings)
     comparison, sweep = get_comparison(settings), get_sweep_evaluations(settings)
     stages = {"reference": get_base(settings), "sft": get_sft(settings), "dpo": get_dpo(settings)}
-    return {
+    results = {
+        "schema_version": 1,
         "about": about(settings),
         "data": {
             "source": data.pairs.source,
@@ -70,24 +91,53 @@ def collect_results(settings: Settings) -> dict[str, Any]:
             "cut_pairs": sum(pair.was_cut for pair in (*data.train, *data.held_out)),
             "accuracy_baselines": accuracy_baselines(settings),
         },
-        "models": {name: _model_record(e, stages[name]) for name, e in comparison.items()},
-        "sweep": {f"{b:g}": _model_record(sweep[b], s) for b, s in get_sweep(settings).items()},
+        "models": {name: _model_record(settings, e, stages[name]) for name, e in comparison.items()},
+        "sweep": {f"{b:g}": _model_record(settings, sweep[b], s) for b, s in get_sweep(settings).items()},
+        "frontier": {name: _frontier_points(stage) for name, stage in get_frontier(settings).items()},
+        "differences": {key: vars(interval) for key, interval in get_differences(settings).items()},
     }
+    check_results(results)
+    return results
+
+
+def _frontier_points(stage: Stage) -> list[dict[str, Any]]:
+    dropped = ("epoch", "split", "pairs")
+    rows = (row for row in stage.metrics if row["split"] == "held_out" and "kl" in row)
+    return [_plain({k: v for k, v in row.items() if k not in dropped}) for row in rows]
+
+
+def results_schema() -> dict[str, Any]:
+    """The JSON schema of results.json: names, meanings, units."""
+    schema: dict[str, Any] = json.loads(
+        files("dpo_helpers").joinpath("results.schema.json").read_text(encoding="utf-8")
+    )
+    return schema
+
+
+def check_results(results: Mapping[str, Any]) -> None:
+    """ArtefactError, naming the key, unless these are results as `results_schema` describes them."""
+    errors = jsonschema.Draft202012Validator(results_schema()).iter_errors(results)
+    for error in errors:
+        where = "/".join(map(str, error.absolute_path)) or "results"
+        raise ArtefactError(f"results.json does not fit its schema at {where}: {error.message}")
 
 
 def draw_figures(settings: Settings) -> dict[str, str]:
     """Draw every figure of the course into <run>/figures; returns each file's one-sentence summary."""
     folder = settings.run_dir / "figures"
-    data = get_data(settings)
+    data, comparison, baselines = get_data(settings), get_comparison(settings), accuracy_baselines(settings)
     lengths = {part: [len(getattr(pair, part)) for pair in data.train] for part in ("prompt", "chosen", "rejected")}
-    comparison = get_comparison(settings)
+    sweep, dpo = get_sweep_evaluations(settings), get_dpo(settings)
+    frontier = {name: stage.metrics for name, stage in get_frontier(settings).items()}
     return {
         "01-lengths": figures.plot_lengths(lengths, folder),
         "03-sft": figures.plot_sft(get_sft(settings).metrics, folder),
         "04-gradient-weight": figures.plot_gradient_weight(folder),
-        "05-dpo-training": figures.plot_dpo(get_dpo(settings).metrics, folder),
+        "05-dpo-training": figures.plot_dpo(dpo.metrics, baselines, folder),
         "05-reward-kl": figures.plot_reward_kl(comparison, folder),
-        "06-beta-sweep": figures.plot_sweep(get_sweep_evaluations(settings), folder),
+        "06-beta-sweep": figures.plot_sweep(sweep, baselines, folder),
+        "06-frontier": figures.plot_frontier(frontier, comparison["reference"], folder),
+        "06-study": figures.plot_study(dpo.metrics, comparison, sweep, folder),
         "07-text-measures": figures.plot_text_measures(comparison, folder),
     }
 
@@ -135,10 +185,11 @@ def make_report(settings: Settings) -> Path:
         about=results["about"], data=results["data"], images=images, sweep=_table(
             {f"β = {name}": record for name, record in results["sweep"].items()}
         ), models=_table(results["models"]), generations=_generation_rows(generations),
+        differences=results["differences"],
         hashes={name: record["weights_sha256"] for name, record in results["models"].items()},
     )  # fmt: skip
     plain = {key: [vars(r) for r in responses] for key, responses in generations.items()}
     write_text(run / "generations.json", json.dumps(plain, indent=1) + "\n")
-    write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(run / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_text(run / "report.html", page)
     return run / "report.html"

@@ -23,6 +23,7 @@ from .models import load_saved
 from .settings import Settings, as_dict
 from .training import MetricsRow
 
+FORMAT = 2  # of what the files of an artefact hold; an artefact of another format is made anew
 METRICS = "metrics.jsonl"
 LOGPROBS = "logprobs.safetensors"
 
@@ -108,7 +109,7 @@ def artefact(
     from something else is set aside, and a line says which file or setting it was.
     """
     folder = settings.run_dir / name
-    made_from = json.loads(json.dumps(dict(made_from)))
+    made_from = json.loads(json.dumps({"format": FORMAT, **made_from}))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,44 +10,31 @@ and made anew, and a line says why. Notebooks and the command line call the same
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from . import mini
+from .card import model_card
 from .checkpoints import json_hash
-from .engine import FrozenTrunk
 from .errors import SettingsError
-from .evaluation import Evaluation, PairScores, longer_wins, measure_samples, preference_metrics, score_pairs
+from .evaluation import Evaluation, PairScores, longer_wins, pair_values, preference_metrics
 from .generation import Response, sample
 from .hh import Dropped, Pair, single_turn
 from .losses import sft_loss
-from .models import (
-    freeze,
-    load_model,
-    load_saved,
-    load_tokenizer,
-    model_commit,
-    model_identity,
-    save_model,
-    weights_hash,
-)
-from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, read_jsonl, write_jsonl
+from .models import load_model, load_tokenizer, model_commit, model_identity, save_model
+from .runs import Stage, artefact, compute_of, open_stage, read_jsonl, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData, data_identity, load_pairs
+from .stages import CURVE_PAIRS, CurveRow, Data, plan_of, prompts_to_sample, sample_and_measure, save_stage, train_stage
 from .tokens import EncodedPair, encode_pair
-from .training import DPOObjective, MetricsRow, Objective, TrainPlan, sft_objective, train
-from .uncertainty import mean_and_error
+from .training import DPOObjective, MetricsRow, sft_objective
+from .uncertainty import Interval, mean_and_error, paired_difference
 
-CurveRow = Callable[[PairScores], MetricsRow]
-
-CURVE_PAIRS = 120  # held-out pairs behind each point of a training curve; final numbers use all of them
-TRUNK_BYTES = 10**9  # memory for the frozen blocks' output, kept for runs that share it; past it they run each time
 HOT_FACTOR = 10  # learning rate of the run that over-optimises on purpose (notebook 6), in those of the main run
 HOT_PAIRS = 1200  # training pairs of that run: enough to wreck it
 FINAL_MODEL = "dpo_gpt2_model_final"
@@ -63,22 +50,6 @@ WORLD_PROMPTS = (
     "Do you have any advice on making pizza?",
     "I want to adopt a cat. Where do I start?",
 )
-
-
-@dataclass(frozen=True)
-class Data:
-    """Pairs as text and as token ids, in the same order, with the tokenizer that made them."""
-
-    pairs: PairData
-    train: list[EncodedPair]
-    held_out: list[EncodedPair]
-    tokenizer: Any
-    sha256: str
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills a batch up: end-of-text, masked by position."""
-        return int(self.tokenizer.eos_token_id)
 
 
 def get_data(settings: Settings) -> Data:
@@ -116,24 +87,6 @@ def _read_data(settings: Settings, folder: Path, sha256: str) -> Data:
     return Data(pairs, encode(pairs.train), encode(pairs.held_out), tokenizer, sha256)
 
 
-def _save_stage(
-    folder: Path, settings: Settings, data: Data, model: Any, metrics: list[MetricsRow], *, is_reference: bool
-) -> dict[str, Any]:
-    """Save a model with its metrics and its log-probabilities of the held-out (for π_ref also training) pairs."""
-    compute = compute_of(settings)
-    write_jsonl(folder / METRICS, metrics)
-    parts = {"held_out": data.held_out} | ({"train": data.train} if is_reference else {})
-    logprobs: dict[str, torch.Tensor] = {}
-    for part, pairs in parts.items():
-        scores = score_pairs(model, pairs, compute, pad_id=data.pad_id, name=f"scoring {part} pairs")
-        logprobs |= {f"{part}_{key}": value for key, value in vars(scores).items()}
-    save_file(logprobs, folder / LOGPROBS)
-    save_model(model, data.tokenizer, folder)
-    both = (*data.train, *data.held_out)
-    cut = sum(pair.chosen_cut + pair.rejected_cut > 0 for pair in both)
-    return {"weights_sha256": weights_hash(model), "pairs": len(both), "cut_responses": cut}
-
-
 def get_base(settings: Settings) -> Stage:
     """The plain model, before any training, with its log-probabilities. Artefact: reference/."""
     data = get_data(settings)
@@ -145,7 +98,7 @@ def get_base(settings: Settings) -> Stage:
 
     def _make(folder: Path) -> dict[str, Any]:
         model = load_model(settings).to(compute_of(settings).device)
-        facts = _save_stage(folder, settings, data, model, [], is_reference=settings.init_from == "base")
+        facts = save_stage(folder, settings, data, model, [], is_reference=settings.init_from == "base")
         return facts | {"model_commit": model_commit(settings)}
 
     made_from["scores_training_pairs"] = settings.init_from == "base"
@@ -155,90 +108,6 @@ def get_base(settings: Settings) -> Stage:
 def get_reference(settings: Settings) -> Stage:
     """Step 2: π_ref, from which the policy starts: the plain model, or SFT with init_from="sft"."""
     return get_base(settings) if settings.init_from == "base" else get_sft(settings)
-
-
-def _train_stage(
-    settings: Settings,
-    name: str,
-    start: Stage,
-    objective: Objective,
-    plan: TrainPlan,
-    curve_row: CurveRow | None,
-    share_trunk: bool,
-    **made_from: Any,
-) -> Stage:
-    """Train a copy of `start` with the first blocks frozen, and store it as artefact `name`.
-
-    curve_row: what held-out scores become in a row of the training curve; None: no curve. share_trunk: keep the
-    frozen blocks' output in this process, for the runs that follow (`engine`).
-    """
-    data = get_data(settings)
-    made_from |= {
-        "start": start.weights_sha256,
-        "data": data.sha256,
-        "plan": asdict(plan),
-        **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length", "freeze_layers", "freeze_embeddings")},
-    }
-
-    def _make(folder: Path) -> dict[str, Any]:
-        compute = compute_of(settings)
-        model = start.load(compute)
-        freeze(model, settings.freeze_layers, settings.freeze_embeddings)
-        evaluate = _curve(settings, start, curve_row) if curve_row else None
-        trunk = _frozen_trunk(settings, start.folder, start.weights_sha256) if share_trunk or plan.epochs > 1 else None
-        rows = train(
-            model, data.train[: made_from.get("pairs")], trunk.wrap(objective) if trunk else objective, plan, compute,
-            pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
-            evaluations=settings.curve_points,
-        )  # fmt: skip
-        is_reference = name == "sft" and settings.init_from == "sft"
-        return _save_stage(folder, settings, data, model, rows, is_reference=is_reference)
-
-    return open_stage(name, artefact(settings, name, made_from, _make))
-
-
-@lru_cache(maxsize=1)
-def _frozen_trunk(settings: Settings, start: Path, weights_sha256: str) -> FrozenTrunk | None:
-    """The trunk that all runs from one start share; None where nothing is frozen, or it would not fit in memory."""
-    data, model = get_data(settings), load_saved(start).to(compute_of(settings).device)
-    too_large = FrozenTrunk.bytes_needed(data.train, model.config.hidden_size) > TRUNK_BYTES
-    if too_large or not settings.freeze_layers or not settings.freeze_embeddings:
-        return None
-    return FrozenTrunk(model, settings.freeze_layers, data.train, compute_of(settings), pad_id=data.pad_id)
-
-
-def _curve(settings: Settings, start: Stage, row: CurveRow) -> Callable[[Any], MetricsRow]:
-    """What is measured at each point of a training: some held-out pairs, and samples with their KL to the start."""
-    data, compute = get_data(settings), compute_of(settings)
-    reference = start.load(compute)
-    prompts = evaluation_prompts(settings)[: settings.curve_prompts]
-    calls = 0
-
-    def evaluate(model: Any) -> MetricsRow:
-        nonlocal calls
-        calls += 1
-        scores = score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
-        held_out = {"pairs": len(scores.chosen), **row(scores)}
-        if calls == 1:  # before the first update the policy is the reference: its samples are measured elsewhere
-            return held_out
-        return held_out | _measure_samples(settings, model, reference, prompts, "")[1]
-
-    return evaluate
-
-
-def _measure_samples(
-    settings: Settings, policy: Any, reference: Any, prompts: Sequence[str], name: str
-) -> tuple[list[Response], dict[str, float]]:
-    return measure_samples(
-        policy, reference, get_data(settings).tokenizer, prompts, compute_of(settings), name=name,
-        true_reward=mini.true_reward if settings.dataset == EMBEDDED else None,
-        **{k: getattr(settings, k) for k in ("max_new_tokens", "max_prompt_length", "seed")},
-    )  # fmt: skip
-
-
-def _plan(settings: Settings, epochs: int, learning_rate: float) -> TrainPlan:
-    same = ("batch_size", "micro_batch_size", "optimizer", "warmup_steps", "schedule", "max_grad_norm", "seed")
-    return TrainPlan(epochs=epochs, learning_rate=learning_rate, **{k: getattr(settings, k) for k in same})
 
 
 def get_sft(settings: Settings) -> Stage:
@@ -255,8 +124,10 @@ def _sft_row(scores: PairScores) -> MetricsRow:
 def _train_sft(
     settings: Settings, name: str, epochs: int, rate: float, curve: CurveRow | None, share: bool, **made_from: Any
 ) -> Stage:
-    plan = _plan(settings, epochs, rate)
-    return _train_stage(settings, name, get_base(settings), sft_objective, plan, curve, share, **made_from)
+    plan = plan_of(settings, epochs, rate)
+    return train_stage(
+        settings, get_data(settings), name, get_base(settings), sft_objective, plan, curve, share, **made_from
+    )
 
 
 def get_dpo(settings: Settings, beta: float | None = None) -> Stage:
@@ -298,8 +169,9 @@ def _train_dpo(
     scores = reference.scores("train")
     loss = {"loss_type": settings.loss_type, "label_smoothing": settings.label_smoothing}
     objective = DPOObjective(scores.chosen, scores.rejected, beta, **loss)  # type: ignore[arg-type]
-    plan = _plan(settings, settings.epochs, rate)
-    return _train_stage(settings, name, reference, objective, plan, curve, share_trunk, beta=beta, pairs=pairs, **loss)
+    plan = plan_of(settings, settings.epochs, rate)
+    data, made_from = get_data(settings), {"beta": beta, "pairs": pairs, **loss}
+    return train_stage(settings, data, name, reference, objective, plan, curve, share_trunk, **made_from)
 
 
 def get_sweep(settings: Settings) -> dict[float, Stage]:
@@ -334,10 +206,7 @@ def _beta_of(settings: Settings, stage: Stage) -> float:
 
 def evaluation_prompts(settings: Settings) -> list[str]:
     """Prompts on which responses are sampled: of the embedded world's held-out topics, or of held-out pairs."""
-    if settings.dataset == EMBEDDED:
-        return mini.sampling_prompts(settings.prompts)
-    unique = dict.fromkeys(pair.prompt for pair in get_data(settings).pairs.held_out)
-    return list(unique)[: settings.prompts]
+    return prompts_to_sample(settings, get_data(settings))
 
 
 def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
@@ -363,7 +232,7 @@ def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
         loss = settings.loss_type, settings.label_smoothing
         metrics = preference_metrics(stage.scores("held_out"), reference.scores("held_out"), beta, *loss)
         prompts = evaluation_prompts(settings)
-        responses, sampled = _measure_samples(settings, policy, base, prompts, f"sampling from {name}")
+        responses, sampled = sample_and_measure(settings, data, policy, base, prompts, f"sampling from {name}")
         write_jsonl(folder / "responses.jsonl", [asdict(r) for r in responses])
         (folder / "metrics.json").write_text(json.dumps(metrics | sampled, indent=1), encoding="utf-8")
         return {}
@@ -382,6 +251,37 @@ def get_comparison(settings: Settings) -> dict[str, Evaluation]:
 def get_sweep_evaluations(settings: Settings) -> dict[float, Evaluation]:
     """Every β of the sweep, measured."""
     return {beta: get_evaluation(settings, stage) for beta, stage in get_sweep(settings).items()}
+
+
+def get_values(settings: Settings, stage: Stage) -> dict[str, torch.Tensor]:
+    """What the means of `get_evaluation` are means of: of each held-out pair, and of each sampled response.
+
+    Keys as in metrics: loss … chosen_logratio [held-out pairs], true_reward [prompts] in the embedded world.
+    """
+    held_out = get_reference(settings).scores("held_out")
+    loss = settings.loss_type, settings.label_smoothing
+    values = pair_values(stage.scores("held_out"), held_out, _beta_of(settings, stage), *loss)
+    if settings.dataset == EMBEDDED:
+        responses = get_evaluation(settings, stage).responses
+        values["true_reward"] = torch.tensor([mini.true_reward(r.prompt, r.text) for r in responses])
+    return values
+
+
+def get_differences(settings: Settings) -> dict[str, Interval]:
+    """Differences between the three models with 95 % bootstrap intervals, paired: by held-out pair, or by prompt.
+
+    Keys such as "reward_accuracy: dpo - sft"; true_reward only in the embedded world. The reference has no accuracy of
+    its own: all its margins are ties.
+    """
+    stages = {"reference": get_base(settings), "sft": get_sft(settings), "dpo": get_dpo(settings)}
+    values = {name: get_values(settings, stage) for name, stage in stages.items()}
+    wanted = [("reward_accuracy", "dpo", "sft"), ("reward_margin", "dpo", "sft")]
+    if settings.dataset == EMBEDDED:
+        wanted += [("true_reward", *pair) for pair in (("dpo", "reference"), ("sft", "reference"), ("dpo", "sft"))]
+    return {
+        f"{metric}: {first} - {second}": paired_difference(values[first][metric], values[second][metric])
+        for metric, first, second in wanted
+    }
 
 
 def get_generations(settings: Settings) -> dict[str, list[Response]]:
@@ -418,12 +318,14 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
 
 
 def get_final_model(settings: Settings) -> Path:
-    """The DPO model in a folder of its own that `GPT2LMHeadModel.from_pretrained` opens, with its tokenizer."""
-    stage, data = get_dpo(settings), get_data(settings)
-    made_from = {"model": stage.weights_sha256}
+    """The DPO model in a folder that `GPT2LMHeadModel.from_pretrained` opens, with tokenizer and model card."""
+    stage, data, comparison = get_dpo(settings), get_data(settings), get_comparison(settings)
+    made_from = {"model": stage.weights_sha256, "measured": {name: e.metrics for name, e in comparison.items()}}
 
     def _make(folder: Path) -> dict[str, Any]:
         save_model(stage.load(), data.tokenizer, folder)
+        card = model_card(settings, comparison, data.pairs.source, stage.weights_sha256)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         return {"weights_sha256": stage.weights_sha256}
 
     return artefact(settings, FINAL_MODEL, made_from, _make)

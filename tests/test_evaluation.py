@@ -6,8 +6,10 @@ import torch
 from conftest import tiny_gpt2
 from dpo_helpers.evaluation import (
     PairScores,
-    mean_and_error,
+    longer_wins,
     measure_kl,
+    measure_samples,
+    pair_values,
     preference_metrics,
     score_pairs,
     text_measures,
@@ -17,16 +19,15 @@ from dpo_helpers.logprobs import pair_logprobs
 from dpo_helpers.tokens import EncodedPair, collate
 
 
-def test_mean_and_error_by_hand():
-    """1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14/3, error √(14/3)/2 = 1.0801."""
-    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3) / 2))
-    assert math.isnan(mean_and_error([1.0])[1])
+def scores(chosen, rejected, chosen_tokens=None, rejected_tokens=None):
+    tokens = [torch.tensor(t if t is not None else [4] * len(chosen)) for t in (chosen_tokens, rejected_tokens)]
+    return PairScores(torch.tensor(chosen), torch.tensor(rejected), *tokens)
 
 
 def test_preference_metrics_by_hand():
     """β = 0.5, log-ratios chosen (2, -2, 0), rejected (0, 2, 0): margins 1, -2, 0: one right, one wrong, one tie."""
-    policy = PairScores(torch.tensor([-8.0, -12.0, -5.0]), torch.tensor([-10.0, -8.0, -5.0]))
-    reference = PairScores(torch.tensor([-10.0, -10.0, -5.0]), torch.tensor([-10.0, -10.0, -5.0]))
+    policy = scores([-8.0, -12.0, -5.0], [-10.0, -8.0, -5.0])
+    reference = scores([-10.0, -10.0, -5.0], [-10.0, -10.0, -5.0])
     m = preference_metrics(policy, reference, beta=0.5)
     assert m["reward_accuracy"] == pytest.approx(1 / 3)
     assert m["ties"] == pytest.approx(1 / 3)
@@ -91,3 +92,62 @@ def test_text_measures_by_hand():
     m = text_measures(responses)
     assert (m["length"], m["ended"], m["repeated_3grams"]) == (4.0, 0.5, 0.125)
     assert m["distinct_2"] == pytest.approx(5 / 7)  # ab bc, xy yz zx xy yz: 5 different of 7
+    assert m["distinct_1"] == pytest.approx(6 / 9)
+    assert m["looping"] == 0.0
+    assert text_measures([Response("", [1], "no no no", True), Response("", [1], "yes", True)])["looping"] == 0.5
+
+
+def test_longer_wins_by_hand():
+    """Lengths 5 > 3, 2 < 4, 4 = 4, 9 > 1: right twice in four, one tie."""
+    assert longer_wins(scores([0.0] * 4, [0.0] * 4, [5, 2, 4, 9], [3, 4, 4, 1])) == (0.5, 0.25)
+
+
+def test_metrics_follow_the_loss_type():
+    """β = 0.5, log-ratios +2 and -1: ipo per token of 4: (0.5 + 0.25 - 1)² = 0.0625; hinge max(0, 1 - 1.5) = 0."""
+    policy, reference = scores([-8.0], [-11.0]), scores([-10.0], [-10.0])
+    assert pair_values(policy, reference, 0.5, "ipo")["loss"].item() == pytest.approx(0.0625)
+    assert pair_values(policy, reference, 0.5, "hinge")["loss"].item() == 0.0
+    assert pair_values(policy, reference, 0.5, "ipo")["reward_margin"].item() == 1.5
+
+
+def test_order_batch_size_and_padding_change_no_metric(cpu):
+    """Pairs in another order, scored in other batches beside other lengths: every metric is the same to 1e-5."""
+    model, other = tiny_gpt2(), tiny_gpt2(1)
+    pairs = [EncodedPair([3] * (1 + i % 7), [5 + i, 7, 0][i % 3 :], [9 + i % 5] * (i % 4) + [0]) for i in range(24)]
+    shuffled = [pairs[i] for i in torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()]
+    found = []
+    for data, size in ((pairs, 16), (pairs, 1), (shuffled, 5)):
+        policy, reference = (score_pairs(m, data, cpu, pad_id=0, batch_size=size) for m in (model, other))
+        found.append(preference_metrics(policy, reference, 0.3) | {"longer": longer_wins(policy)[0]})
+    for metrics in found[1:]:
+        assert metrics == pytest.approx(found[0], abs=1e-5)
+    broken = preference_metrics(
+        score_pairs(model, pairs, cpu, pad_id=0), score_pairs(other, shuffled, cpu, pad_id=0), 0.3
+    )
+    assert broken != pytest.approx(found[0], abs=1e-5), "policy and reference must be in the same order"
+
+
+def test_batch_size_and_order_change_no_kl_and_no_sample(cpu):
+    policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
+    prompts = ["ab", "cdefg", "h", "ijk", "lm", "nopqrst"]
+    responses = sample(policy, Tokens(), prompts, max_new_tokens=6, compute=cpu)
+    alone = sample(policy, Tokens(), prompts, max_new_tokens=6, compute=cpu, batch_size=1)
+    assert [r.ids for r in responses] == [r.ids for r in alone]
+    first = measure_kl(policy, other, Tokens(), responses, cpu, max_prompt_length=10)
+    for rows, size in ((responses, 1), (responses[::-1], 4)):
+        assert measure_kl(policy, other, Tokens(), rows, cpu, max_prompt_length=10, batch_size=size) == pytest.approx(
+            first, abs=1e-4
+        )
+
+
+def test_measure_samples_adds_the_true_reward_where_it_is_known(cpu):
+    policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
+    arguments = {"max_new_tokens": 4, "max_prompt_length": 10, "seed": 0}
+    _, metrics = measure_samples(policy, other, Tokens(), ["ab", "c"], cpu, **arguments)
+    assert "true_reward" not in metrics
+    assert {"kl", "k1", "k3", "length", "looping"} <= set(metrics)
+    _, graded = measure_samples(
+        policy, other, Tokens(), ["ab", "c"], cpu, true_reward=lambda p, t: float(len(p)), **arguments
+    )
+    assert (graded["true_reward"], graded["true_reward_se"]) == (1.5, 0.5)
+    assert graded["true_reward_sd"] == pytest.approx(0.5**0.5)

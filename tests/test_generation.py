@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpo_helpers.generation import _InverseTransform, distinct_n, repeated_share, row_uniforms, sample
+from dpo_helpers.generation import _InverseTransform, distinct_n, ends_in_a_loop, repeated_share, row_uniforms, sample
 from dpo_helpers.models import load_model
 from dpo_helpers.settings import load_settings
 
@@ -95,3 +95,19 @@ def test_text_measures_by_hand():
     # trigrams of "x y z x y z": xyz yzx zxy xyz: one of four repeats
     assert repeated_share("x y z x y z", 3) == 0.25
     assert repeated_share("too short", 3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [
+        ("Also water it. Also water it. Also water it.", True),
+        ("no no no", True),
+        ("First we plant. then then then", True),
+        ("Also water it. Also water it.", False),
+        ("then then then we plant.", False),  # it loops, and then goes on
+        ("You can water them in a sunny bed.", False),
+        ("", False),
+    ],
+)
+def test_ends_in_a_loop(text, loops):
+    assert ends_in_a_loop(text) is loops

@@ -3,14 +3,16 @@
 import json
 from dataclasses import replace
 
+import jsonschema
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
 from dpo_helpers import steps
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.models import weights_hash
-from dpo_helpers.report import make_report
+from dpo_helpers.report import check_results, make_report, results_schema
 
 
 def mtimes(folder):
@@ -99,16 +101,25 @@ def test_an_unwritable_folder_is_one_clear_error(small, tmp_path):
 def test_report_and_final_model(small):
     path = make_report(small)
     results = json.loads((small.run_dir / "results.json").read_text())
+    check_results(results)
     assert set(results["models"]) == {"reference", "sft", "dpo"}
     assert set(results["sweep"]) == {"0.5", "5"}
     assert results["models"]["reference"]["metrics"]["kl"] == 0.0
     assert results["models"]["dpo"]["metrics"] == results["sweep"]["0.5"]["metrics"]
-    assert 0.5 < results["data"]["best_possible_accuracy"] < 1
+    assert 0.5 < results["data"]["accuracy_baselines"]["best possible"] < 1
+    assert 0 < results["data"]["accuracy_baselines"]["longer wins"] < 1
+    assert set(results["frontier"]) == {"sft", "β = 0.05", "β = 0.5", "β = 5"}
+    assert results["frontier"]["β = 5"][-1]["step"] == 3
+    low, high = results["models"]["dpo"]["intervals"]["true_reward"]
+    assert low <= results["models"]["dpo"]["metrics"]["true_reward"] <= high
+    gain = results["differences"]["true_reward: dpo - reference"]
+    of = {name: results["models"][name]["metrics"]["true_reward"] for name in ("dpo", "reference")}
+    assert gain["estimate"] == pytest.approx(of["dpo"] - of["reference"], abs=1e-5)
 
     page = path.read_text(encoding="utf-8")
     for figure in ("05-reward-kl", "06-beta-sweep", "07-text-measures"):
         assert (small.run_dir / f"figures/{figure}.png").read_bytes()[:4] == b"\x89PNG"
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 9
     assert "http://" not in page
     assert "https://" not in page
     assert "prefers-color-scheme: dark" in page
@@ -116,6 +127,11 @@ def test_report_and_final_model(small):
 
     final = steps.get_final_model(small)
     assert final.name == "dpo_gpt2_model_final"
+    card = ModelCard.load(final / "README.md")
+    assert card.data.to_dict()["license"] == "mit"
+    assert "β = 0.5, loss sigmoid, rmsprop" in card.text
+    assert steps.get_dpo(small).weights_sha256 in card.text
+    assert str(small.run_dir.parent) not in card.text
     model = GPT2LMHeadModel.from_pretrained(final)
     assert weights_hash(model) == steps.get_dpo(small).weights_sha256
 
@@ -135,3 +151,26 @@ def test_hostile_text_is_escaped_in_the_report(small, monkeypatch):
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "\x1b" not in page
     assert "\u202e" not in page
+
+
+def test_the_schema_refuses_what_it_does_not_know_and_names_it():
+    jsonschema.Draft202012Validator.check_schema(results_schema())
+    with pytest.raises(ArtefactError, match="does not fit its schema at results: .*'models' is a required property"):
+        check_results({"schema_version": 1, "about": {}, "data": {}})
+
+
+def test_a_model_card_gives_no_local_path_and_renders_no_hostile_name(small, tmp_path):
+    from dpo_helpers.card import model_card
+    from dpo_helpers.evaluation import Evaluation
+
+    (tmp_path / "my-model").mkdir()
+    evaluation = {name: Evaluation(name, 0.5, {"kl": 0.1, "kl_se": 0.01}, []) for name in ("reference", "sft", "dpo")}
+    local = replace(small, model=str(tmp_path / "my-model"), dataset=str(tmp_path))
+    text = model_card(local, evaluation, "x`<img src=x>`\x1b[31m", "0" * 64)
+    assert str(tmp_path) not in text
+    assert "`my-model` trained" in text
+    assert "`x'<img src=x>'\\x1b[31m`" in text, "in a code span, and its backticks cannot end it"
+    assert "base_model" not in text
+    hub = replace(small, model="openai-community/gpt2", dataset="Anthropic/hh-rlhf")
+    metadata = ModelCard(model_card(hub, evaluation, "x", "0" * 64)).data.to_dict()
+    assert (metadata["base_model"], metadata["datasets"]) == ("openai-community/gpt2", ["Anthropic/hh-rlhf"])

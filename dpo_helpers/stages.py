@@ -1,0 +1,164 @@
+"""How a stage of the comparison is made: train a copy of its start, measure along the way, score, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from . import mini
+from .engine import FrozenTrunk
+from .evaluation import PairScores, measure_samples, score_pairs
+from .generation import Response
+from .models import freeze, save_model, weights_hash
+from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, write_jsonl
+from .settings import EMBEDDED, Settings
+from .sources import PairData
+from .tokens import EncodedPair
+from .training import MetricsRow, Objective, TrainPlan, train
+
+CurveRow = Callable[[PairScores], MetricsRow]  # held-out scores -> what a row of the training curve says of them
+
+CURVE_PAIRS = 120  # held-out pairs behind each point of a training curve; final numbers use all of them
+TRUNK_BYTES = 10**9  # memory for the frozen blocks' output, kept for runs that share it; past it they run each time
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs as text and as token ids, in the same order, with the tokenizer that made them."""
+
+    pairs: PairData
+    train: list[EncodedPair]
+    held_out: list[EncodedPair]
+    tokenizer: Any
+    sha256: str
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a batch up: end-of-text, masked by position."""
+        return int(self.tokenizer.eos_token_id)
+
+
+def prompts_to_sample(settings: Settings, data: Data) -> list[str]:
+    """Prompts on which responses are sampled: of the embedded world's held-out topics, or of held-out pairs."""
+    if settings.dataset == EMBEDDED:
+        return mini.sampling_prompts(settings.prompts)
+    unique = dict.fromkeys(pair.prompt for pair in data.pairs.held_out)
+    return list(unique)[: settings.prompts]
+
+
+def save_stage(
+    folder: Path, settings: Settings, data: Data, model: Any, metrics: list[MetricsRow], *, is_reference: bool
+) -> dict[str, Any]:
+    """Save a model with its metrics and its log-probabilities of the held-out (for π_ref also training) pairs."""
+    compute = compute_of(settings)
+    write_jsonl(folder / METRICS, metrics)
+    parts = {"held_out": data.held_out} | ({"train": data.train} if is_reference else {})
+    logprobs: dict[str, torch.Tensor] = {}
+    for part, pairs in parts.items():
+        scores = score_pairs(model, pairs, compute, pad_id=data.pad_id, name=f"scoring {part} pairs")
+        logprobs |= {f"{part}_{key}": value for key, value in vars(scores).items()}
+    save_file(logprobs, folder / LOGPROBS)
+    save_model(model, data.tokenizer, folder)
+    both = (*data.train, *data.held_out)
+    cut = sum(pair.chosen_cut + pair.rejected_cut > 0 for pair in both)
+    return {"weights_sha256": weights_hash(model), "pairs": len(both), "cut_responses": cut}
+
+
+def train_stage(
+    settings: Settings,
+    data: Data,
+    name: str,
+    start: Stage,
+    objective: Objective,
+    plan: TrainPlan,
+    curve_row: CurveRow | None,
+    share_trunk: bool,
+    **made_from: Any,
+) -> Stage:
+    """Train a copy of `start` with the first blocks frozen, and store it as artefact `name`.
+
+    curve_row: what held-out scores become in a row of the training curve; None: no curve. share_trunk: keep the
+    frozen blocks' output in this process, for the runs that follow (`engine`).
+    """
+    made_from |= {
+        "start": start.weights_sha256,
+        "data": data.sha256,
+        "plan": asdict(plan),
+        **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length", "freeze_layers", "freeze_embeddings")},
+    }
+
+    if curve_row:
+        made_from["curve"] = [CURVE_PAIRS, settings.curve_points, settings.curve_prompts, settings.max_new_tokens]
+
+    def _make(folder: Path) -> dict[str, Any]:
+        compute = compute_of(settings)
+        model = start.load(compute)
+        freeze(model, settings.freeze_layers, settings.freeze_embeddings)
+        evaluate = _curve(settings, data, start, curve_row) if curve_row else None
+        trunk = _frozen_trunk(settings, data, start) if share_trunk or plan.epochs > 1 else None
+        rows = train(
+            model, data.train[: made_from.get("pairs")], trunk.wrap(objective) if trunk else objective, plan, compute,
+            pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
+            evaluations=settings.curve_points,
+        )  # fmt: skip
+        is_reference = name == "sft" and settings.init_from == "sft"
+        return save_stage(folder, settings, data, model, rows, is_reference=is_reference)
+
+    return open_stage(name, artefact(settings, name, made_from, _make))
+
+
+_TRUNK: dict[tuple[object, ...], FrozenTrunk] = {}  # the latest one
+
+
+def _frozen_trunk(settings: Settings, data: Data, start: Stage) -> FrozenTrunk | None:
+    """The trunk that all runs from one start share; None where nothing is frozen, or it would not fit in memory."""
+    compute, model = compute_of(settings), start.load(compute_of(settings))
+    too_large = FrozenTrunk.bytes_needed(data.train, model.config.hidden_size) > TRUNK_BYTES
+    if too_large or not settings.freeze_layers or not settings.freeze_embeddings:
+        return None
+    key = (start.weights_sha256, data.sha256, settings.freeze_layers, settings.max_length, settings.max_prompt_length)
+    if key not in _TRUNK:
+        _TRUNK.clear()
+        _TRUNK[key] = FrozenTrunk(model, settings.freeze_layers, data.train, compute, pad_id=data.pad_id)
+    return _TRUNK[key]
+
+
+def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Callable[[Any], MetricsRow]:
+    """What is measured at each point of a training: some held-out pairs, and samples with their KL to the start."""
+    compute = compute_of(settings)
+    reference = start.load(compute)
+    prompts = prompts_to_sample(settings, data)[: settings.curve_prompts]
+    calls = 0
+
+    def evaluate(model: Any) -> MetricsRow:
+        nonlocal calls
+        calls += 1
+        scores = score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
+        held_out = {"pairs": len(scores.chosen), **row(scores)}
+        if calls == 1:  # before the first update the policy is the reference: its samples are measured elsewhere
+            return held_out
+        return held_out | sample_and_measure(settings, data, model, reference, prompts)[1]
+
+    return evaluate
+
+
+def sample_and_measure(
+    settings: Settings, data: Data, policy: Any, reference: Any, prompts: Sequence[str], name: str = ""
+) -> tuple[list[Response], dict[str, float]]:
+    """`evaluation.measure_samples` as the settings say, with the true reward in the embedded world."""
+    return measure_samples(
+        policy, reference, data.tokenizer, prompts, compute_of(settings), name=name,
+        true_reward=mini.true_reward if settings.dataset == EMBEDDED else None,
+        **{k: getattr(settings, k) for k in ("max_new_tokens", "max_prompt_length", "seed")},
+    )  # fmt: skip
+
+
+def plan_of(settings: Settings, epochs: int, learning_rate: float) -> TrainPlan:
+    """The plan of one training, from the settings."""
+    same = ("batch_size", "micro_batch_size", "optimizer", "warmup_steps", "schedule", "max_grad_norm", "seed")
+    return TrainPlan(epochs=epochs, learning_rate=learning_rate, **{k: getattr(settings, k) for k in same})
