@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -152,15 +153,12 @@ def attempt(package: Path, work: Path, what: str, *arguments: object) -> Outcome
 def prepare() -> None:
     """Import what is slow once, before the copies are made; nothing of the package itself."""
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
-    import matplotlib.pyplot  # noqa: F401
-    import pytest  # noqa: F401
-    import seaborn  # noqa: F401
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
-
-    assert torch
-    assert transformers
+    for name in (
+        "datasets", "filelock", "huggingface_hub", "hypothesis.strategies", "IPython.display", "jinja2", "matplotlib.pyplot",
+        "nbformat", "pytest", "seaborn", "torch", "transformers.models.auto.tokenization_auto",
+        "transformers.models.gpt2.modeling_gpt2", "transformers.generation.utils",
+    ):  # fmt: skip
+        import_module(name)
     assert "dpo_helpers" not in sys.modules, "the copies must import their own"
 
 
