@@ -49,7 +49,7 @@ class Run:
 
     training, held_out: rows of metrics in the course's names, in the order they were written. about, made_from: of the
     manifest. scores, reference: log-probabilities of the held-out pairs. evaluation, reference_evaluation: metrics
-    of sampled responses. kl_by_beta: measured KL of each policy of a sweep.
+    of sampled responses. kl_by_beta: measured KL of each policy of a sweep, with its standard error.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Run:
     reference_about: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, float] = field(default_factory=dict)
     reference_evaluation: Mapping[str, float] = field(default_factory=dict)
-    kl_by_beta: Mapping[float, float] = field(default_factory=dict)
+    kl_by_beta: Mapping[float, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def is_dpo(self) -> bool:
@@ -106,7 +106,11 @@ def _read_stage(stage: Path, run: Path) -> Run:
     )
     evaluations = {p.name: _json(p / "metrics.json") for p in (run / "evaluation").glob("*")}
     betas = {p: _json(p / MANIFEST).get("made_from", {}).get("beta") for p in (run / "evaluation").glob("*")}
-    sweep = {b: evaluations[p.name]["kl"] for p, b in betas.items() if p.name == "dpo" or p.name.startswith("beta-")}
+    sweep = {
+        b: (evaluations[p.name]["kl"], evaluations[p.name]["kl_se"])
+        for p, b in betas.items()
+        if p.name == "dpo" or p.name.startswith("beta-")
+    }
     return Run(
         stage, [r for r in rows if r["split"] == "train"], [r for r in rows if r["split"] == "held_out"],
         manifest.get("about", {}), manifest.get("made_from", {}), scores, reference,
@@ -143,8 +147,9 @@ def _beta_order(run: Run) -> tuple[bool, str] | None:
     if len(run.kl_by_beta) < 2:
         return None
     kls = [run.kl_by_beta[b] for b in sorted(run.kl_by_beta)]
-    text = ", ".join(f"{kl:.2f} at β = {b:g}" for b, kl in sorted(run.kl_by_beta.items()))
-    return any(a <= b for a, b in pairwise(kls)), f"measured KL {text}"
+    text = ", ".join(f"{kl:.2f} ± {error:.2f} at β = {b:g}" for b, (kl, error) in sorted(run.kl_by_beta.items()))
+    rises = any(b - a > 2 * math.hypot(se_a, se_b) for (a, se_a), (b, se_b) in pairwise(kls))
+    return rises or kls[0][0] <= kls[-1][0], f"measured KL {text}"
 
 
 def _stuck(run: Run) -> tuple[bool, str] | None:

@@ -195,31 +195,24 @@ def plot_sweep(
 def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluation, folder: Path | None = None) -> str:
     """Runs along their training on the reward-KL plane (paper, figure 2): true reward, and implicit margin, over KL.
 
-    runs: metrics of each run by name; points are evaluations along it, a line joins them in order, the last is
+    runs: points of each run by name, as `steps.get_frontier` gives them; a line joins them in order, the last is
     large. reference: measured; it is where all runs start. Without a known true reward only the margin is drawn.
     """
     keys = ("true_reward", "reward_margin") if "true_reward" in reference.metrics else ("reward_margin",)
     figure, axes = _new(len(keys), width=5.2, height=4)
     for axis, key in zip(axes, keys, strict=True):
         for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
-            _path(axis, [row for row in rows if "kl" in row and key in row], key, reference.metrics[key], name, colour)
+            _path(axis, [row for row in rows if key in row], key, reference.metrics[key], name, colour)
         title = {"true_reward": "True reward of samples", "reward_margin": "Implicit reward margin, held out"}[key]
         axis.set(xlabel="KL(π_θ‖π_ref), nats a response", ylabel=key.replace("_", " "), title=title)
         axis.set_xscale("symlog", linthresh=1.0)
         axis.legend(fontsize="small")
-    best = []
-    for name, rows in runs.items():
-        points = [row for row in rows if "kl" in row and keys[0] in row]
-        if points:
-            top = max(points, key=lambda row: row[keys[0]])
-            best.append(f"{name} {top[keys[0]]:.2f} at KL {top['kl']:.2f}")
-    summary = f"Highest {keys[0].replace('_', ' ')} along each training: {', '.join(best)}."
+    ends = ", ".join(f"{name} {rows[-1][keys[0]]:.2f} at KL {rows[-1]['kl']:.2f}" for name, rows in runs.items())
+    summary = f"{keys[0].replace('_', ' ').capitalize()} at the end of each training: {ends}."
     return _finish(figure, folder, "06-frontier", summary)
 
 
 def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str, colour: Any) -> None:
-    if not points:
-        return  # SFT has no margin of its own
     x, y = [0.0, *(row["kl"] for row in points)], [start, *(row[key] for row in points)]
     axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=name)
     last = points[-1]

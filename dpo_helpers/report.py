@@ -93,17 +93,15 @@ def collect_results(settings: Settings) -> dict[str, Any]:
         },
         "models": {name: _model_record(settings, e, stages[name]) for name, e in comparison.items()},
         "sweep": {f"{b:g}": _model_record(settings, sweep[b], s) for b, s in get_sweep(settings).items()},
-        "frontier": {name: _frontier_points(stage) for name, stage in get_frontier(settings).items()},
+        "frontier": {name: [_point(row) for row in rows] for name, rows in get_frontier(settings).items()},
         "differences": {key: vars(interval) for key, interval in get_differences(settings).items()},
     }
     check_results(results)
     return results
 
 
-def _frontier_points(stage: Stage) -> list[dict[str, Any]]:
-    dropped = ("epoch", "split", "pairs")
-    rows = (row for row in stage.metrics if row["split"] == "held_out" and "kl" in row)
-    return [_plain({k: v for k, v in row.items() if k not in dropped}) for row in rows]
+def _point(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _plain({k: v for k, v in row.items() if k not in ("epoch", "split", "pairs")})
 
 
 def results_schema() -> dict[str, Any]:
@@ -128,7 +126,7 @@ def draw_figures(settings: Settings) -> dict[str, str]:
     data, comparison, baselines = get_data(settings), get_comparison(settings), accuracy_baselines(settings)
     lengths = {part: [len(getattr(pair, part)) for pair in data.train] for part in ("prompt", "chosen", "rejected")}
     sweep, dpo = get_sweep_evaluations(settings), get_dpo(settings)
-    frontier = {name: stage.metrics for name, stage in get_frontier(settings).items()}
+    frontier = get_frontier(settings)
     return {
         "01-lengths": figures.plot_lengths(lengths, folder),
         "03-sft": figures.plot_sft(get_sft(settings).metrics, folder),

@@ -140,7 +140,8 @@ def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Calla
         calls += 1
         scores = score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
         held_out = {"pairs": len(scores.chosen), **row(scores)}
-        if calls == 1:  # before the first update the policy is the reference: its samples are measured elsewhere
+        # both ends have their samples measured apart, on all prompts: the reference's, and the trained model's
+        if calls in (1, settings.curve_points + 1):
             return held_out
         return held_out | sample_and_measure(settings, data, model, reference, prompts)[1]
 

@@ -179,12 +179,6 @@ def get_sweep(settings: Settings) -> dict[float, Stage]:
     return {beta: get_dpo(settings, beta) for beta in settings.betas}
 
 
-def get_frontier(settings: Settings) -> dict[str, Stage]:
-    """SFT and DPO at the sweep's and the frontier's β, with true reward (if known) and KL along their training."""
-    betas = sorted({*settings.betas, *settings.frontier_betas})
-    return {"sft": get_sft(settings)} | {f"β = {beta:g}": get_dpo(settings, beta) for beta in betas}
-
-
 def accuracy_baselines(settings: Settings) -> dict[str, float]:
     """What an accuracy on the held-out pairs is to be compared with: "longer wins", and "best possible" if known.
 
@@ -251,6 +245,23 @@ def get_comparison(settings: Settings) -> dict[str, Evaluation]:
 def get_sweep_evaluations(settings: Settings) -> dict[float, Evaluation]:
     """Every β of the sweep, measured."""
     return {beta: get_evaluation(settings, stage) for beta, stage in get_sweep(settings).items()}
+
+
+def get_frontier(settings: Settings) -> dict[str, list[MetricsRow]]:
+    """Points on the way of each training, in order: SFT, DPO at every β (the frontier's too), and the hot run.
+
+    A point is a row with step (updates done), kl, true_reward where it is known, reward_margin of DPO, each with _se:
+    on `curve_prompts` prompts on the way, at the end on all of them, as `get_evaluation` has it.
+    """
+    betas = sorted({*settings.betas, *settings.frontier_betas})
+    stages = {"sft": get_sft(settings)} | {f"β = {beta:g}": get_dpo(settings, beta) for beta in betas}
+    return {name: _points(settings, stage) for name, stage in (stages | {"hot": get_hot_dpo(settings)}).items()}
+
+
+def _points(settings: Settings, stage: Stage) -> list[MetricsRow]:
+    updates = max(row["step"] for row in stage.metrics)
+    on_the_way = [row for row in stage.metrics if "kl" in row and row["step"] < updates]
+    return [*on_the_way, {"step": updates, **get_evaluation(settings, stage).metrics}]
 
 
 def get_values(settings: Settings, stage: Stage) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, with good input and bad."""
+"""The command line as a user meets it, with good input and bad."""
 
 import json
 import os
@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from conftest import ROOT, SMALL
+from dpo_helpers.cli import app
 from dpo_helpers.mini import preference_rows
 
 
@@ -56,7 +58,6 @@ def test_help_documents_every_setting_with_both_profiles():
         (["data", "--dataset", "bad.jsonl"], "error: bad.jsonl: row 1 has no 'chosen': every row needs"),
         (["data", "--dataset", "empty.jsonl"], "error: empty.jsonl is empty: it needs rows"),
         (["reference", "--model", "no-weights"], "error: no-weights holds no weights: it needs model.safetensors"),
-        (["reference", "--profile", "gpt2"], "error: cannot get data set 'Anthropic/hh-rlhf' from the Hub"),
         (["dpo", "--beta", "0"], "error: beta is 0.0, but must be a positive number"),
         (["dpo", "--beta", "strong"], "error: beta is 'strong', but must be of the form float"),
         (["dpo", "--device", "cuda"], "error: device is 'cuda', but torch sees no CUDA GPU"),
@@ -64,27 +65,63 @@ def test_help_documents_every_setting_with_both_profiles():
          "error: freeze_layers is 13, but the model has 12 blocks"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, message):
+    """In this process, through the same typer application; the test below does one in a process of its own."""
     if "cuda" in message:
         import torch
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a CUDA GPU")
+    bad_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPO_PROFILE", "mini")  # the command writes it
+    result = CliRunner().invoke(app, [*arguments, "--runs-dir", "runs"])
+    check_bad(tmp_path, result.exit_code, result.stderr, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reference", "--profile", "gpt2"], "error: cannot get data set 'Anthropic/hh-rlhf' from the Hub"),
+        (["data", "--dataset", "bad.jsonl"], "error: bad.jsonl: row 1 has no 'chosen': every row needs"),
+    ],
+)
+def test_bad_input_in_a_process_of_its_own(tmp_path, arguments, message):
+    bad_files(tmp_path)
+    result = run(*arguments, "--runs-dir", "runs", cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    check_bad(tmp_path, result.returncode, result.stderr, message)
+
+
+def bad_files(folder):
     good = preference_rows("train", 3)
     rows = [good[0], {"rejected": good[1]["rejected"]}, good[2]]
-    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "no-weights").mkdir()
-    (tmp_path / "no-weights/config.json").write_text('{"model_type": "gpt2"}')
-    result = run(*arguments, "--runs-dir", "runs", cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
-    errors = [line for line in result.stderr.splitlines() if line.strip()]
-    assert result.returncode == 2, result.stderr
-    assert errors[-1].startswith(message), result.stderr
-    assert "Traceback" not in result.stderr
+    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "no-weights").mkdir()
+    (folder / "no-weights/config.json").write_text('{"model_type": "gpt2"}')
+
+
+def check_bad(folder, status, stderr, message):
+    errors = [line for line in stderr.splitlines() if line.strip()]
+    assert status == 2, stderr
+    assert errors[-1].startswith(message), stderr
+    assert "Traceback" not in stderr
     assert sum(line.startswith("error:") for line in errors) == 1
-    made = {p.name for p in (tmp_path / "runs/mini").glob("*") if p.suffix != ".lock"}
+    made = {p.name for p in (folder / "runs/mini").glob("*") if p.suffix != ".lock"}
     assert made <= {"data", "reference"}, "something half-written is left"
-    assert all((tmp_path / "runs/mini" / name / "manifest.json").is_file() for name in made)
+    assert all((folder / "runs/mini" / name / "manifest.json").is_file() for name in made)
+
+
+def test_the_doctor_on_the_command_line(tmp_path):
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path} holds no run: give a run of this course")
+    history = [{"step": s, "loss": 0.6931, "rewards/chosen": 0.0, "rewards/margins": 0.0} for s in range(1, 20)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 19, "log_history": history}))
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("APPLIES   3. the loss stays at 0.693")
+    assert "cannot tell 14. accuracy jumps about: needs stored log-probabilities" in result.stdout
 
 
 def test_an_unknown_option_is_a_usage_error():

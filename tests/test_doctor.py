@@ -41,12 +41,12 @@ HEALTHY = Run(
     made_from={"start": "a" * 64, "beta": 0.5, "loss_type": "sigmoid"},
     scores=scores(1.0), reference=scores(),
     reference_about={"weights_sha256": "a" * 64, "pairs": 100, "cut_responses": 1},
-    evaluation=TEXT, reference_evaluation=TEXT, kl_by_beta={0.1: 9.0, 0.5: 1.5, 5.0: 0.3},
+    evaluation=TEXT, reference_evaluation=TEXT, kl_by_beta={0.05: (8.7, 0.6), 0.1: (9.0, 0.6), 0.5: (1.5, 0.1), 5.0: (0.3, 0.1)},
 )  # fmt: skip
 
 SICK = {
     1: {"held_out": [row(0), row(40, chosen_reward=-0.8, chosen_reward_se=0.1)]},
-    2: {"kl_by_beta": {0.1: 1.0, 0.5: 3.0, 5.0: 3.5}},
+    2: {"kl_by_beta": {0.1: (1.0, 0.1), 0.5: (3.0, 0.1), 5.0: (0.5, 0.1)}},
     3: {"training": [row(s, loss=LN_2 + 1e-4 * (-1) ** s) for s in range(1, 41)]},
     4: {"held_out": [row(0, loss=1.2, chosen_reward=-0.4)]},
     5: {"made_from": {**HEALTHY.made_from, "start": "b" * 64}},
