@@ -65,6 +65,8 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray[Any, Any]:
 def _curve(axis: Axes, rows: Sequence[MetricsRow], key: str, label: str, colour: Any) -> None:
     train = [row for row in rows if row["split"] == "train" and key in row]
     held = [row for row in rows if row["split"] == "held_out" and key in row]
+    if key == "reward_accuracy":
+        held = [row for row in held if row["ties"] < 1]  # before the first update all pairs tie: there is none yet
     window = max(1, len(train) // 20)
     if train:
         smooth = _smooth([row[key] for row in train], window)
@@ -206,7 +208,7 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
         title = {"true_reward": "True reward of samples", "reward_margin": "Implicit reward margin, held out"}[key]
         axis.set(xlabel="KL(π_θ‖π_ref), nats a response", ylabel=key.replace("_", " "), title=title)
         axis.set_xscale("symlog", linthresh=1.0)
-        axis.legend(fontsize="small")
+    axes[-1].legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
     ends = ", ".join(f"{name} {rows[-1][keys[0]]:.2f} at KL {rows[-1]['kl']:.2f}" for name, rows in runs.items())
     summary = f"{keys[0].replace('_', ' ').capitalize()} at the end of each training: {ends}."
     return _finish(figure, folder, "06-frontier", summary)
@@ -277,7 +279,7 @@ def plot_tabular(
     left.bar(x, world.reference[order].numpy(), color="lightgrey", label="π_ref")
     for colour, marker, (name, policy) in zip(COLOURS, "ox+s^", policies.items(), strict=False):
         left.plot(x, policy[order].numpy(), color=colour, marker=marker, ls="none", label=name)
-    left.set(xlabel="response, best first", ylabel="probability", title="Where the losses end")
+    left.set(xlabel="response, best first", ylabel="probability", title="Where the losses end", xticks=x[::2])
     n, gap = np.array(list(gaps)), np.array(list(gaps.values()))
     right.plot(n, gap, color=COLOURS[0], marker="o", label="DPO")
     right.plot(n, gap[0] * np.sqrt(n[0] / n), color="grey", ls=":", label="1/√n")
@@ -297,7 +299,7 @@ def plot_text_measures(evaluations: Mapping[str, Evaluation], folder: Path | Non
     names = list(evaluations)
     for axis, (key, title) in zip(axes, keys.items(), strict=True):
         values = [evaluations[n].metrics[key] for n in names]
-        errors = [evaluations[n].metrics.get(f"{key}_se", 0.0) for n in names]
+        errors = [evaluations[n].metrics.get(f"{key}_se", float("nan")) for n in names]
         axis.bar(names, values, yerr=errors, color=[MODEL_COLOUR.get(n, COLOURS[0]) for n in names], capsize=3)
         axis.set(title=title)
         axis.tick_params(axis="x", rotation=30)

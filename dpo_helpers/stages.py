@@ -21,7 +21,8 @@ from .sources import PairData
 from .tokens import EncodedPair
 from .training import MetricsRow, Objective, TrainPlan, train
 
-CurveRow = Callable[[PairScores], MetricsRow]  # held-out scores -> what a row of the training curve says of them
+# (scores of the policy, of its start) on held-out pairs -> what a row of the training curve says of them
+CurveRow = Callable[[PairScores, PairScores], MetricsRow]
 
 CURVE_PAIRS = 120  # held-out pairs behind each point of a training curve; final numbers use all of them
 TRUNK_BYTES = 10**9  # memory for the frozen blocks' output, kept for runs that share it; past it they run each time
@@ -133,13 +134,17 @@ def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Calla
     compute = compute_of(settings)
     reference = start.load(compute)
     prompts = prompts_to_sample(settings, data)[: settings.curve_prompts]
+
+    def score(model: Any) -> PairScores:
+        return score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
+
+    start_scores = score(reference)  # in the same batches as the policy's, so that equal models tie exactly
     calls = 0
 
     def evaluate(model: Any) -> MetricsRow:
         nonlocal calls
         calls += 1
-        scores = score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
-        held_out = {"pairs": len(scores.chosen), **row(scores)}
+        held_out = {"pairs": len(start_scores.chosen), **row(score(model), start_scores)}
         # both ends have their samples measured apart, on all prompts: the reference's, and the trained model's
         if calls in (1, settings.curve_points + 1):
             return held_out

@@ -30,7 +30,7 @@ from .models import load_model, load_tokenizer, model_commit, model_identity, sa
 from .runs import Stage, artefact, compute_of, open_stage, read_jsonl, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData, data_identity, load_pairs
-from .stages import CURVE_PAIRS, CurveRow, Data, plan_of, prompts_to_sample, sample_and_measure, save_stage, train_stage
+from .stages import CurveRow, Data, plan_of, prompts_to_sample, sample_and_measure, save_stage, train_stage
 from .tokens import EncodedPair, encode_pair
 from .training import DPOObjective, MetricsRow, sft_objective
 from .uncertainty import Interval, mean_and_error, paired_difference
@@ -116,7 +116,7 @@ def get_sft(settings: Settings) -> Stage:
     return _train_sft(settings, "sft", settings.sft_epochs, settings.sft_learning_rate, _sft_row, False, **serves)
 
 
-def _sft_row(scores: PairScores) -> MetricsRow:
+def _sft_row(scores: PairScores, start: PairScores) -> MetricsRow:
     loss, error = mean_and_error(sft_loss(scores.chosen, scores.chosen_tokens))
     return {"loss": loss, "loss_se": error}
 
@@ -133,10 +133,9 @@ def _train_sft(
 def get_dpo(settings: Settings, beta: float | None = None) -> Stage:
     """Step 5: the policy trained with DPO at `beta`. Artefact: dpo/, for other β than the settings' sweep/beta-<β>/."""
     beta = settings.beta if beta is None else beta
-    reference = get_reference(settings).scores("held_out")[:CURVE_PAIRS]
 
-    def row(scores: PairScores) -> MetricsRow:
-        return preference_metrics(scores, reference, beta, settings.loss_type, settings.label_smoothing)
+    def row(scores: PairScores, start: PairScores) -> MetricsRow:
+        return preference_metrics(scores, start, beta, settings.loss_type, settings.label_smoothing)
 
     is_main = beta == settings.beta
     name = "dpo" if is_main else f"sweep/beta-{beta:g}"
