@@ -65,9 +65,9 @@ class Run:
     kl_by_beta: Mapping[float, tuple[float, float]] = field(default_factory=dict)
 
     @property
-    def is_dpo(self) -> bool:
-        """Whether the loss is -log σ(margin), whose value at the start is ln 2."""
-        return str(self.made_from.get("loss_type", "sigmoid")) == "sigmoid"
+    def loss_type(self) -> str:
+        """Of a DPO run of the course; "none" of another stage; "unknown" where the run does not say, as TRL's."""
+        return str(self.made_from.get("loss_type", "none")) if self.made_from else "unknown"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -104,8 +104,9 @@ def _read_stage(stage: Path, run: Path) -> Run:
     scores, reference = (
         load_scores(p, "held_out") if (p / LOGPROBS).is_file() else None for p in (stage, run / "reference")
     )
-    evaluations = {p.name: _json(p / "metrics.json") for p in (run / "evaluation").glob("*")}
-    betas = {p: _json(p / MANIFEST).get("made_from", {}).get("beta") for p in (run / "evaluation").glob("*")}
+    current = [p for p in (run / "evaluation").glob("*") if ".old-" not in p.name]
+    evaluations = {p.name: _json(p / "metrics.json") for p in current}
+    betas = {p: _json(p / MANIFEST).get("made_from", {}).get("beta") for p in current}
     sweep = {
         b: (evaluations[p.name]["kl"], evaluations[p.name]["kl_se"])
         for p, b in betas.items()
@@ -154,7 +155,7 @@ def _beta_order(run: Run) -> tuple[bool, str] | None:
 
 def _stuck(run: Run) -> tuple[bool, str] | None:
     losses = [r["loss"] for r in run.training if "loss" in r]
-    if len(losses) < 10 or not run.is_dpo:
+    if len(losses) < 10 or run.loss_type not in ("sigmoid", "unknown"):
         return None
     late = sum(losses[-len(losses) // 4 :]) / len(losses[-len(losses) // 4 :])
     norms = [r["grad_norm"] for r in run.training if "grad_norm" in r]
@@ -164,10 +165,11 @@ def _stuck(run: Run) -> tuple[bool, str] | None:
 
 def _start(run: Run) -> tuple[bool, str] | None:
     rows = [r for r in (*run.held_out, *run.training) if r["step"] <= 1 and {"loss", "chosen_reward"} <= set(r)]
-    if not rows or not run.is_dpo:
+    if not rows:
         return None
     first = min(rows, key=lambda r: r["step"])
-    off = abs(first["loss"] - LN_2) > 0.01 or abs(first["chosen_reward"]) > 0.02
+    wrong_loss = run.loss_type == "sigmoid" and abs(first["loss"] - LN_2) > 0.01
+    off = wrong_loss or abs(first["chosen_reward"]) > 0.02
     return off, f"loss {first['loss']:.4f} and chosen reward {first['chosen_reward']:.4f} at step {first['step']}"
 
 
@@ -225,7 +227,7 @@ def _mean(run: Run) -> tuple[bool, str] | None:
         return None
     covariance = both.cov()
     power = (covariance[0, 1] / covariance[0, 0]).item()
-    return power < 0.2, f"-log p grows as length to the power {power:.2f} (a sum: about 1, a mean: about 0)"
+    return power < 0.2, f"-log p grows as length to the power {power:.2f} (a sum: well above 0, a mean: 0 or below)"
 
 
 def _offline(run: Run) -> tuple[bool, str] | None:
@@ -264,7 +266,7 @@ SIGNS: dict[int, tuple[Sign, str]] = {
     1: (_chosen_falls, "needs rewards in the log"),
     2: (_beta_order, "needs the measured KL of two β or more"),
     3: (_stuck, "needs ten logged training losses of the sigmoid loss"),
-    4: (_start, "needs a logged row at step 0 or 1"),
+    4: (_start, "needs rewards logged at step 0 or 1"),
     5: (_reference, "needs the hashes of start and reference, both from the plain model"),
     6: (lambda run: (False, "tokenised apart by this course") if run.made_from else None, "needs the run's token ids"),
     7: (_ends, "needs measured samples (evaluation/)"),

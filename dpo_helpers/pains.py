@@ -92,7 +92,7 @@ def beta_backwards() -> str:
 def stuck_at_ln_2() -> str:
     """The same batch, right, with an empty response mask, and with the policy as its own reference."""
     model, _ = _model()
-    batch, norms = collate(_pairs(), 0), []
+    batch, norms, means = collate(_pairs(), 0), [], []
     empty = type(batch)(batch.ids, batch.attention_mask, torch.zeros_like(batch.response_mask), batch.rows)
     empty.response_mask[:, 1] = True  # one prompt token, the same on both sides
     for one, alias in ((batch, False), (empty, False), (batch, True)):
@@ -101,9 +101,10 @@ def stuck_at_ln_2() -> str:
         reference = logps if alias else tuple(x.detach() for x in logps)
         losses, *_ = dpo_loss(*logps, *reference, beta=0.5)
         losses.mean().backward()  # type: ignore[no-untyped-call]
+        means.append(round(losses.mean().item(), 4))
         norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
     return (
-        f"the loss is {losses.mean().item():.4f} in all three; the gradient's norm is {norms[0]:.2f} as it should be, "
+        f"the losses are {means[0]}, {means[1]} and {means[2]}; the gradient's norm is {norms[0]:.2f} as it should be, "
         f"{norms[1]:.4f} with no response token in the mask, {norms[2]:.4f} with the policy as its own reference"
     )
 
@@ -247,7 +248,7 @@ def _pain(number: int, symptom: str, cause: str, remedy: str, seen_in: str, run:
 
 LN_2 = math.log(2)
 PAINS: tuple[Pain, ...] = (
-    _pain(1, "the chosen reward falls while the margin grows", "the loss sees the margin only",
+    _pain(1, "the mean chosen reward falls while the margin grows", "the loss sees the margin only",
           "plot both rewards; lower the rate, raise β, or add an SFT term if the fall hurts the text",
           "EM #8, #32, #36; TRL #800", chosen_reward_falls),
     _pain(2, "KL does not fall as β grows",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import mini
-from .engine import FrozenTrunk
+from .engine import SUPPORTED, FrozenTrunk
 from .evaluation import PairScores, measure_samples, score_pairs
 from .generation import Response
 from .models import freeze, save_model, weights_hash
@@ -19,7 +19,7 @@ from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, wr
 from .settings import EMBEDDED, Settings
 from .sources import PairData
 from .tokens import EncodedPair
-from .training import MetricsRow, Objective, TrainPlan, train
+from .training import DPOObjective, MetricsRow, SFTObjective, TrainPlan, train
 
 # (scores of the policy, of its start) on held-out pairs -> what a row of the training curve says of them
 CurveRow = Callable[[PairScores, PairScores], MetricsRow]
@@ -75,16 +75,15 @@ def train_stage(
     data: Data,
     name: str,
     start: Stage,
-    objective: Objective,
+    objective: SFTObjective | DPOObjective,
     plan: TrainPlan,
     curve_row: CurveRow | None,
-    share_trunk: bool,
     **made_from: Any,
 ) -> Stage:
     """Train a copy of `start` with the first blocks frozen, and store it as artefact `name`.
 
-    curve_row: what held-out scores become in a row of the training curve; None: no curve. share_trunk: keep the
-    frozen blocks' output in this process, for the runs that follow (`engine`).
+    curve_row: what held-out scores become in a row of the training curve; None: no curve. The frozen blocks run
+    once, and the next run in this process from the same start uses their output again (`engine`).
     """
     made_from |= {
         "start": start.weights_sha256,
@@ -101,9 +100,9 @@ def train_stage(
         model = start.load(compute)
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
         evaluate = _curve(settings, data, start, curve_row) if curve_row else None
-        trunk = _frozen_trunk(settings, data, start) if share_trunk or plan.epochs > 1 else None
+        trunk = _frozen_trunk(settings, data, start)
         rows = train(
-            model, data.train[: made_from.get("pairs")], trunk.wrap(objective) if trunk else objective, plan, compute,
+            model, data.train[: made_from.get("pairs")], replace(objective, trunk=trunk), plan, compute,
             pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
             evaluations=settings.curve_points,
         )  # fmt: skip
@@ -121,6 +120,11 @@ def _frozen_trunk(settings: Settings, data: Data, start: Stage) -> FrozenTrunk |
     compute, model = compute_of(settings), start.load(compute_of(settings))
     too_large = FrozenTrunk.bytes_needed(data.train, model.config.hidden_size) > TRUNK_BYTES
     if too_large or not settings.freeze_layers or not settings.freeze_embeddings:
+        return None
+    if model.config.model_type not in SUPPORTED:
+        print(
+            f"model type {model.config.model_type}: the plain path is used, which is slower and gives the same numbers"
+        )
         return None
     key = (start.weights_sha256, data.sha256, settings.freeze_layers, settings.max_length, settings.max_prompt_length)
     if key not in _TRUNK:

@@ -113,7 +113,7 @@ def get_reference(settings: Settings) -> Stage:
 def get_sft(settings: Settings) -> Stage:
     """Step 3: the plain model fine-tuned on the chosen responses. Artefact: sft/."""
     serves = {"is_reference": settings.init_from == "sft"}
-    return _train_sft(settings, "sft", settings.sft_epochs, settings.sft_learning_rate, _sft_row, False, **serves)
+    return _train_sft(settings, "sft", settings.sft_epochs, settings.sft_learning_rate, _sft_row, **serves)
 
 
 def _sft_row(scores: PairScores, start: PairScores) -> MetricsRow:
@@ -122,12 +122,10 @@ def _sft_row(scores: PairScores, start: PairScores) -> MetricsRow:
 
 
 def _train_sft(
-    settings: Settings, name: str, epochs: int, rate: float, curve: CurveRow | None, share: bool, **made_from: Any
+    settings: Settings, name: str, epochs: int, rate: float, curve: CurveRow | None, **made_from: Any
 ) -> Stage:
     plan = plan_of(settings, epochs, rate)
-    return train_stage(
-        settings, get_data(settings), name, get_base(settings), sft_objective, plan, curve, share, **made_from
-    )
+    return train_stage(settings, get_data(settings), name, get_base(settings), sft_objective, plan, curve, **made_from)
 
 
 def get_dpo(settings: Settings, beta: float | None = None) -> Stage:
@@ -139,19 +137,19 @@ def get_dpo(settings: Settings, beta: float | None = None) -> Stage:
 
     is_main = beta == settings.beta
     name = "dpo" if is_main else f"sweep/beta-{beta:g}"
-    return _train_dpo(settings, name, beta, settings.learning_rate, row, share_trunk=not is_main)
+    return _train_dpo(settings, name, beta, settings.learning_rate, row)
 
 
 def get_hot_sft(settings: Settings) -> Stage:
     """SFT driven to collapse on purpose: HOT_FACTOR times the rate, on HOT_PAIRS pairs. Artefact: hot-sft/."""
     rate = HOT_FACTOR * settings.sft_learning_rate
-    return _train_sft(settings, "hot-sft", settings.sft_epochs, rate, None, True, pairs=HOT_PAIRS)
+    return _train_sft(settings, "hot-sft", settings.sft_epochs, rate, None, pairs=HOT_PAIRS)
 
 
 def get_hot_dpo(settings: Settings) -> Stage:
     """DPO that over-optimises on purpose: HOT_FACTOR times the rate, on HOT_PAIRS pairs. Artefact: hot-dpo/."""
     rate = HOT_FACTOR * settings.learning_rate
-    return _train_dpo(settings, "hot-dpo", settings.beta, rate, None, share_trunk=True, pairs=HOT_PAIRS)
+    return _train_dpo(settings, "hot-dpo", settings.beta, rate, None, pairs=HOT_PAIRS)
 
 
 def _train_dpo(
@@ -160,8 +158,6 @@ def _train_dpo(
     beta: float,
     rate: float,
     curve: CurveRow | None,
-    *,
-    share_trunk: bool,
     pairs: int | None = None,
 ) -> Stage:
     reference = get_reference(settings)
@@ -170,7 +166,7 @@ def _train_dpo(
     objective = DPOObjective(scores.chosen, scores.rejected, beta, **loss)  # type: ignore[arg-type]
     plan = plan_of(settings, settings.epochs, rate)
     data, made_from = get_data(settings), {"beta": beta, "pairs": pairs, **loss}
-    return train_stage(settings, data, name, reference, objective, plan, curve, share_trunk, **made_from)
+    return train_stage(settings, data, name, reference, objective, plan, curve, **made_from)
 
 
 def get_sweep(settings: Settings) -> dict[float, Stage]:
@@ -305,7 +301,7 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
     made_from = {
         "models": {stage.name: stage.weights_sha256 for stage in stages},
         "prompts": prompts,
-        **{k: getattr(settings, k) for k in ("max_new_tokens", "seed")},
+        **{k: getattr(settings, k) for k in ("max_new_tokens", "max_prompt_length", "seed")},
     }
 
     def _make(folder: Path) -> dict[str, Any]:
@@ -316,7 +312,8 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
             for key, temperature in ((stage.name, 1.0), (f"{stage.name}/greedy", 0.0)):
                 responses = sample(
                     model, data.tokenizer, prompts, max_new_tokens=settings.max_new_tokens, compute=compute,
-                    seed=settings.seed, temperature=temperature, name=f"generating: {key}",
+                    max_prompt_length=settings.max_prompt_length, seed=settings.seed, temperature=temperature,
+                    name=f"generating: {key}",
                 )  # fmt: skip
                 out[key] = [asdict(response) for response in responses]
         (folder / "generations.json").write_text(json.dumps(out, indent=1), encoding="utf-8")

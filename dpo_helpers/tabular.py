@@ -63,13 +63,19 @@ def ipo_optimum(world: TabularWorld, beta: float) -> Tensor:
     return (world.reference.log() + win_probabilities(world).mean(dim=1) / beta).softmax(dim=0)
 
 
-def expected_loss(world: TabularWorld, log_policy: Tensor, wins: Tensor, beta: float, loss_type: str) -> Tensor:
+def expected_loss(
+    world: TabularWorld,
+    log_policy: Tensor,
+    wins: Tensor,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Mean loss over comparisons: wins [K, K] as `infinite_preferences` gives them; log_policy [K]. A scalar."""
     chosen, rejected = wins.nonzero(as_tuple=True)
     reference = world.reference.log()
-    losses, *_ = dpo_loss(
-        log_policy[chosen], log_policy[rejected], reference[chosen], reference[rejected], beta=beta, loss_type=loss_type
-    )
+    logps = log_policy[chosen], log_policy[rejected], reference[chosen], reference[rejected]
+    losses, *_ = dpo_loss(*logps, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing)
     return (wins[chosen, rejected] * losses).sum()
 
 
@@ -79,6 +85,7 @@ def fit(
     beta: float,
     *,
     loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
     optimizer: str = "descent",
     steps: int = 3000,
     rate: float | None = None,
@@ -93,15 +100,16 @@ def fit(
     if rate is None:
         if optimizer != "descent":
             raise SettingsError(f"rate is None, but optimizer {optimizer!r} needs one")
-        # d²loss/dh² is at most β²/4 (logistic) or 2 (squared); a logit takes part in 2 of size comparisons
-        rate = size / 4 / (beta**2 / 4 if loss_type == "sigmoid" else 2.0)
+        # d²loss/dh² is at most 2 (squared) or β²/4 (logistic, robust, where smoothing takes none of it away); a logit
+        # takes part in 2 of size comparisons
+        rate = size / 4 / (2.0 if loss_type == "ipo" else beta**2 / 4)
     kinds = {"descent": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
     if optimizer not in kinds:
         raise SettingsError(f"optimizer is {optimizer!r}, but must be one of {', '.join(kinds)}")
     updates = kinds[optimizer]([logits], lr=rate)
     for _ in range(steps):
         updates.zero_grad()
-        expected_loss(world, logits.log_softmax(dim=0), wins, beta, loss_type).backward()  # type: ignore[no-untyped-call]
+        expected_loss(world, logits.log_softmax(dim=0), wins, beta, loss_type, label_smoothing).backward()  # type: ignore[no-untyped-call]
         updates.step()
     return logits.detach().log_softmax(dim=0)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .device import Compute
+from .engine import FrozenTrunk
 from .errors import TrainingError
 from .logprobs import batch_logprobs, pair_logprobs
 from .losses import pair_losses, sft_loss
@@ -42,19 +43,30 @@ class TrainPlan:
     seed: int
 
 
-def sft_objective(model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood a token of the chosen responses; only the B chosen rows are run."""
-    size = len(batch.rows)
-    ids, mask, response = batch.ids[:size], batch.attention_mask[:size], batch.response_mask[:size]
-    logps = batch_logprobs(model, ids, mask, response)
-    return sft_loss(logps, response.sum(dim=-1)), {}
+@dataclass(frozen=True)
+class SFTObjective:
+    """Negative log-likelihood a token of the chosen responses; trunk: the fast path over the training pairs, if any."""
+
+    trunk: FrozenTrunk | None = None
+
+    def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of a batch; on the plain path only the B chosen rows are run."""
+        size = len(batch.rows)
+        ids, mask, response = batch.ids[:size], batch.attention_mask[:size], batch.response_mask[:size]
+        fast = self.trunk.chosen_logprobs(model, pairs) if self.trunk else None
+        logps = batch_logprobs(model, ids, mask, response) if fast is None else fast
+        return sft_loss(logps, response.sum(dim=-1)), {}
+
+
+sft_objective = SFTObjective()
 
 
 @dataclass(frozen=True)
 class DPOObjective:
     """A loss of `losses.dpo_loss` against reference log-probabilities that were computed once.
 
-    reference_chosen, reference_rejected: log p_ref of every training pair, [n], float32, on the CPU.
+    reference_chosen, reference_rejected: log p_ref of every training pair, [n], float32, on the CPU. trunk: the fast
+    path over the training pairs, if any.
     """
 
     reference_chosen: Tensor
@@ -62,10 +74,11 @@ class DPOObjective:
     beta: float
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
+    trunk: FrozenTrunk | None = None
 
     def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """DPO losses and the rewards of a batch, one value a pair; `pairs` picks the reference's values."""
-        chosen, rejected = pair_logprobs(model, batch)
+        chosen, rejected = self.trunk.pair_logprobs(model, pairs) if self.trunk else pair_logprobs(model, batch)
         at = list(pairs)
         reference_chosen = self.reference_chosen[at].to(chosen.device)
         reference_rejected = self.reference_rejected[at].to(chosen.device)

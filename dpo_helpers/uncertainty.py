@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds between which it lies with the given confidence (0.95: 19 times in 20)."""
+    """An estimate and an interval that holds the true value in a share `level` of repetitions (0.95: 19 of 20)."""
 
     estimate: float
     low: float

@@ -104,8 +104,8 @@ def test_experiments_show_what_they_claim():
     assert values[3] > 100 * values[5], text  # the optimum's KL falls fast with β
     assert values[-3] < 3 * values[-1], text  # after 40 updates it hardly differs
     text, values = numbers(3)
-    assert values[0] == 0.6931, text
-    assert values[1] > 1 > 1e-6 >= max(values[2:4]), text
+    assert values[:3] == [0.6931] * 3, text
+    assert values[3] > 1 > 1e-6 >= max(values[4:6]), text
     text, (off, on) = numbers(4)
     assert off == 0 < on, text
     text, (right, _, _, wrong) = numbers(5)
@@ -156,6 +156,14 @@ def test_a_trl_run_is_read_from_its_trainer_state(tmp_path):
     assert len(run.training) == 29
     assert verdicts(run)[3] == "applies"
     assert verdicts(run)[14] == "cannot tell"
+
+
+def test_a_loss_that_is_not_known_to_be_sigmoid_is_not_judged_by_ln_2():
+    """An IPO run of TRL starts at 1/(4β²) = 25 with β = 0.1; an SFT stage has a loss of its own."""
+    ipo = Run(None, [row(s, loss=25.0, chosen_reward=0.0) for s in range(1, 20)], [])
+    assert verdicts(ipo)[4] == verdicts(ipo)[3] == "no sign"
+    sft = replace(HEALTHY, made_from={"start": "a" * 64}, training=[{"step": s, "loss": LN_2} for s in range(1, 20)])
+    assert verdicts(sft)[3] == "cannot tell"
 
 
 def test_a_folder_without_a_run_is_one_clear_error(tmp_path):

@@ -1,15 +1,17 @@
 """The frozen trunk, stored and replayed, against the plain step that runs the whole model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_training import PLAN, pairs, plan
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_gpt2
-from dpo_helpers.engine import FrozenTrunk
+from dpo_helpers.engine import FrozenTrunk, pack
 from dpo_helpers.evaluation import score_pairs
 from dpo_helpers.models import blocks, freeze
-from dpo_helpers.tokens import collate
+from dpo_helpers.tokens import EncodedPair, collate
 from dpo_helpers.training import DPOObjective, sft_objective, train
 
 
@@ -38,7 +40,7 @@ def test_losses_and_gradients_are_those_of_the_plain_step(cpu, make, name, first
     at = [7, 2, 9, 4]
     batch = collate([data[i] for i in at], 0)
     found = []
-    for step in (objective, trunk.wrap(objective)):
+    for step in (objective, replace(objective, trunk=trunk)):
         model.zero_grad()
         losses, _ = step(model, batch, at)
         losses.mean().backward()
@@ -60,7 +62,7 @@ def test_a_whole_run_is_that_of_the_plain_loop(cpu):
         freeze(model, 2)
         objective = objectives(model, data, cpu)["dpo"]
         if trunk_of is not None:
-            objective = FrozenTrunk(trunk_of, 2, data, cpu, pad_id=0).wrap(objective)
+            objective = replace(objective, trunk=FrozenTrunk(trunk_of, 2, data, cpu, pad_id=0))
         rows = train(model, data, objective, plan(epochs=7, micro_batch_size=2), cpu, pad_id=0)
         runs.append(torch.tensor([row["loss"] for row in rows]))
     assert len(runs[0]) >= 20
@@ -69,9 +71,9 @@ def test_a_whole_run_is_that_of_the_plain_loop(cpu):
 
 
 def test_memory_is_counted(cpu):
-    """10 pairs, d = 16, float32: 64 bytes a token of prompt + chosen and of prompt + rejected."""
+    """10 pairs, d = 16, float32: 64 bytes a token of prompt + chosen + rejected."""
     data = pairs()
-    tokens = sum(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in data)
+    tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in data)
     assert FrozenTrunk.bytes_needed(data, 16) == 64 * tokens
     assert FrozenTrunk(tiny_gpt2(), 1, data, cpu, pad_id=0)._stored.numel() * 4 == 64 * tokens
 
@@ -80,7 +82,7 @@ def test_evaluation_between_updates_runs_the_whole_model(cpu):
     """Held-out pairs are not in the trunk: while the policy is evaluated its own blocks are in place."""
     data, model = pairs(), tiny_gpt2()
     freeze(model, 2)
-    objective = FrozenTrunk(model, 2, data, cpu, pad_id=0).wrap(objectives(model, data, cpu)["dpo"])
+    objective = replace(objectives(model, data, cpu)["dpo"], trunk=FrozenTrunk(model, 2, data, cpu, pad_id=0))
     other = pairs(seed=5)
     before = score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()
     rows = train(
@@ -88,3 +90,33 @@ def test_evaluation_between_updates_runs_the_whole_model(cpu):
         evaluate=lambda: {"score": score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()},
     )  # fmt: skip
     assert rows[0]["score"] == pytest.approx(before, abs=1e-6)
+
+
+def test_packing_literals():
+    """Prompt 5 6, chosen 7 0, rejected 8 9 0; beside it a shorter pair, so the second row is padded by two."""
+    batch = pack([EncodedPair([5, 6], [7, 0], [8, 9, 0]), EncodedPair([4], [3, 0], [2, 0])], pad_id=0)
+    assert batch.ids.tolist() == [[5, 6, 7, 0, 8, 9, 0], [4, 3, 0, 2, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 1, 2, 0, 0]]
+    assert batch.visible[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [1, 1, 0, 0, 1, 1, 1],
+    ]
+    assert batch.row.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert batch.source.tolist() == [1, 2, 1, 4, 5, 0, 1, 0, 3]
+    assert batch.target.tolist() == [7, 0, 8, 9, 0, 3, 0, 2, 0]
+    assert batch.side.tolist() == [0, 0, 2, 2, 2, 1, 1, 3, 3]
+
+
+def test_responses_do_not_see_each_other(cpu):
+    """Another chosen response leaves the rejected one's log-probability bit-equal, and the other way round."""
+    model = tiny_gpt2()
+    one, two = EncodedPair([3, 4], [5, 6, 0], [7, 8, 0]), EncodedPair([3, 4], [9, 2, 0], [7, 8, 0])
+    with torch.no_grad():
+        scored = [FrozenTrunk(model, 1, [pair], cpu, pad_id=0).pair_logprobs(model, [0]) for pair in (one, two)]
+    assert scored[0][1].item() == scored[1][1].item()
+    assert scored[0][0].item() != scored[1][0].item()

@@ -94,3 +94,17 @@ def test_bad_optimizers(world):
         tabular.fit(world, tabular.infinite_preferences(world), 1.0, optimizer="rmsprop")
     with pytest.raises(SettingsError, match="optimizer is 'adam', but must be one of"):
         tabular.fit(world, tabular.infinite_preferences(world), 1.0, optimizer="adam", rate=0.1)
+
+
+def test_label_smoothing_for_flipped_labels(world):
+    """20 % of the labels flipped: plain DPO ends elsewhere, "robust" with ε = 0.2 at π* all the same, and cDPO, which
+    asks for the flipped preferences to be explained, where plain DPO on clean labels with smoothing would."""
+    clean = tabular.infinite_preferences(world)
+    flipped = 0.8 * clean + 0.2 * clean.T
+    target = tabular.dpo_optimum(world, 1.0)
+    plain = tabular.fit(world, flipped, 1.0).exp()
+    robust = tabular.fit(world, flipped, 1.0, loss_type="robust", label_smoothing=0.2, steps=6000).exp()
+    assert tabular.total_variation(plain, target) > 0.1
+    assert tabular.total_variation(robust, target) < 1e-3
+    smoothed = tabular.fit(world, clean, 1.0, label_smoothing=0.2).exp()
+    assert tabular.total_variation(smoothed, plain) < 1e-3
