@@ -8,8 +8,10 @@ from test_training import PLAN, pairs, plan
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_gpt2
+from dpo_helpers.device import Compute
 from dpo_helpers.engine import FrozenTrunk, pack
 from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.logprobs import pair_logprobs
 from dpo_helpers.models import blocks, freeze
 from dpo_helpers.tokens import EncodedPair, collate
 from dpo_helpers.training import DPOObjective, sft_objective, train
@@ -120,3 +122,19 @@ def test_responses_do_not_see_each_other(cpu):
         scored = [FrozenTrunk(model, 1, [pair], cpu, pad_id=0).pair_logprobs(model, [0]) for pair in (one, two)]
     assert scored[0][1].item() == scored[1][1].item()
     assert scored[0][0].item() != scored[1][0].item()
+
+
+def test_sixteen_bits_follow_the_plain_path(cpu):
+    """bf16 inside autocast: both paths run, and are as close to each other as to float32."""
+    data, model = pairs(), tiny_gpt2()
+    half = Compute(torch.device("cpu"), "bf16")
+    batch = collate(data, 0)
+    with torch.no_grad():
+        truth = torch.cat(pair_logprobs(model, batch))
+        trunk = FrozenTrunk(model, 2, data, half, pad_id=0)
+        with half.autocast():
+            plain = torch.cat(pair_logprobs(model, batch))
+            fast = torch.cat(trunk.pair_logprobs(model, range(len(data))))
+    assert fast.dtype == plain.dtype == torch.float32
+    assert not torch.equal(fast, truth)
+    assert (fast - truth).abs().max() < 2 * (plain - truth).abs().max() + 0.05

@@ -109,9 +109,9 @@ def test_report_and_final_model(small):
     assert 0.5 < results["data"]["accuracy_baselines"]["best possible"] < 1
     assert 0 < results["data"]["accuracy_baselines"]["longer wins"] < 1
     assert set(results["frontier"]) == {"sft", "β = 0.05", "β = 0.5", "β = 5", "hot"}
-    path = results["frontier"]["β = 5"]
-    assert [point["step"] for point in path] == [1, 2, 3]
-    assert path[-1]["kl"] == results["sweep"]["5"]["metrics"]["kl"]
+    points = results["frontier"]["β = 5"]
+    assert [point["step"] for point in points] == [1, 2, 3]
+    assert points[-1]["kl"] == results["sweep"]["5"]["metrics"]["kl"]
     low, high = results["models"]["dpo"]["intervals"]["true_reward"]
     assert low <= results["models"]["dpo"]["metrics"]["true_reward"] <= high
     gain = results["differences"]["true_reward: dpo - reference"]
