@@ -150,8 +150,10 @@ def _table(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _with_error(metrics: dict[str, float], key: str) -> str:
+    if key == "reward_accuracy" and metrics["ties"] == 1:
+        return "– (all tie)"
     error = metrics.get(f"{key}_se")
-    return f"{metrics[key]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return f"{metrics[key]:.3f}" + (f"\u00a0± {error:.3f}" if error is not None else "")
 
 
 def _generation_rows(generations: dict[str, list[Response]]) -> list[dict[str, Any]]:

@@ -125,6 +125,7 @@ def test_report_and_final_model(small):
     assert "http://" not in page
     assert "https://" not in page
     assert "prefers-color-scheme: dark" in page
+    assert page.count("– (all tie)") == 1, "the reference against itself has no accuracy"
     assert results["models"]["dpo"]["weights_sha256"] in page
 
     final = steps.get_final_model(small)
