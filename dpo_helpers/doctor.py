@@ -247,7 +247,7 @@ def _offline(run: Run) -> tuple[bool, str] | None:
 def _noise(run: Run) -> tuple[bool, str] | None:
     if run.scores is None or run.reference is None:
         return None
-    right = (run.scores.chosen - run.reference.chosen > run.scores.rejected - run.reference.rejected).double()
+    right = pair_values(run.scores, run.reference, beta=1.0)["reward_accuracy"]  # the same for every β
     interval, (longer, ties) = bootstrap_mean(right), longer_wins(run.scores)
     text = f"accuracy {interval} on {len(right)} pairs; 'longer wins' gets {longer + ties / 2:.2f}"
     return interval.high - interval.low > 0.1 or interval.low < longer + ties / 2, text

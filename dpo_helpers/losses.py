@@ -6,9 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .errors import SettingsError
-
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
-SMOOTHED = ("sigmoid", "robust")  # the losses that know of wrong labels
+from .settings import LOSS_TYPES, SMOOTHED
 
 
 def dpo_loss(
@@ -29,7 +27,7 @@ def dpo_loss(
     "sigmoid": -log σ(βh) (DPO, Rafailov et al. 2023, eq. 7); with label_smoothing ε, the share of labels taken
         to be wrong, -(1-ε) log σ(βh) - ε log σ(-βh) (conservative DPO, Mitchell 2023)
     "robust": [-(1-ε) log σ(βh) + ε log σ(-βh)] / (1-2ε), whose mean over labels flipped with probability ε is the
-        loss of the clean ones (Chowdhury et al. 2024, eq. 12)
+        loss of the clean ones (Chowdhury et al. 2024, "Provably Robust DPO")
     "hinge": max(0, 1 - βh) (SLiC, Zhao et al. 2023)
     "ipo": (h - 1/(2β))² (Azar et al. 2023, eq. 17); `pair_losses` gives it log-probabilities a token, as TRL does
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import mini, tabular
 from .generation import distinct_n, ends_in_a_loop, repeated_share
-from .hh import Pair
+from .hh import Pair, parse_rows
 from .logprobs import pair_logprobs, response_logprobs
 from .losses import dpo_loss
 from .models import load_model, load_tokenizer
@@ -49,8 +49,7 @@ def _model() -> tuple[Any, Any]:
 def _pairs() -> list[EncodedPair]:
     tokenizer = _model()[1]
     rows = mini.preference_rows("train", 4)
-    texts = [(r["chosen"].rpartition("Assistant:"), r["rejected"].rpartition("Assistant:")) for r in rows]
-    pairs = [Pair(c[0] + c[1], c[2], r[2]) for c, r in texts]
+    pairs, _ = parse_rows(rows)
     return [encode_pair(tokenizer, pair, max_length=256, max_prompt_length=128) for pair in pairs]
 
 

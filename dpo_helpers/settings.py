@@ -18,6 +18,8 @@ from .errors import SettingsError
 
 EMBEDDED = "embedded"  # name of the model and of the data set that ship in the package
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")  # of `losses.dpo_loss`, with TRL's names
+SMOOTHED = ("sigmoid", "robust")  # the losses that know of wrong labels
 HH_REVISION = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 
 
@@ -84,7 +86,7 @@ class Settings:
         self._require("frontier_betas", all(_is_number(b) and b > 0 for b in self.frontier_betas), "positive")
         self._require("betas", len(set(self.betas)) == len(self.betas), "different numbers")
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        smoothed = self.loss_type in ("sigmoid", "robust")
+        smoothed = self.loss_type in SMOOTHED
         self._require("label_smoothing", smoothed or self.label_smoothing == 0, f"0 with loss_type {self.loss_type}")
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
@@ -111,7 +113,7 @@ _POSITIVE = (
 _CHOICES = {
     "optimizer": ("rmsprop", "adamw"),
     "schedule": ("constant", "linear"),
-    "loss_type": ("sigmoid", "ipo", "hinge", "robust"),
+    "loss_type": LOSS_TYPES,
     "init_from": ("base", "sft"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "precision": ("auto", "fp32", "bf16", "fp16"),

@@ -139,22 +139,22 @@ def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Calla
     reference = start.load(compute)
     prompts = prompts_to_sample(settings, data)[: settings.curve_prompts]
 
-    def score(model: Any) -> PairScores:
+    def _score(model: Any) -> PairScores:
         return score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
 
-    start_scores = score(reference)  # in the same batches as the policy's, so that equal models tie exactly
+    start_scores = _score(reference)  # in the same batches as the policy's, so that equal models tie exactly
     calls = 0
 
-    def evaluate(model: Any) -> MetricsRow:
+    def _evaluate(model: Any) -> MetricsRow:
         nonlocal calls
         calls += 1
-        held_out = {"pairs": len(start_scores.chosen), **row(score(model), start_scores)}
+        held_out = {"pairs": len(start_scores.chosen), **row(_score(model), start_scores)}
         # both ends have their samples measured apart, on all prompts: the reference's, and the trained model's
         if calls in (1, settings.curve_points + 1):
             return held_out
         return held_out | sample_and_measure(settings, data, model, reference, prompts)[1]
 
-    return evaluate
+    return _evaluate
 
 
 def sample_and_measure(

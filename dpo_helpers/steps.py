@@ -132,12 +132,12 @@ def get_dpo(settings: Settings, beta: float | None = None) -> Stage:
     """Step 5: the policy trained with DPO at `beta`. Artefact: dpo/, for other β than the settings' sweep/beta-<β>/."""
     beta = settings.beta if beta is None else beta
 
-    def row(scores: PairScores, start: PairScores) -> MetricsRow:
+    def _row(scores: PairScores, start: PairScores) -> MetricsRow:
         return preference_metrics(scores, start, beta, settings.loss_type, settings.label_smoothing)
 
     is_main = beta == settings.beta
     name = "dpo" if is_main else f"sweep/beta-{beta:g}"
-    return _train_dpo(settings, name, beta, settings.learning_rate, row)
+    return _train_dpo(settings, name, beta, settings.learning_rate, _row)
 
 
 def get_hot_sft(settings: Settings) -> Stage:
