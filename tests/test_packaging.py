@@ -90,3 +90,14 @@ def test_no_functions_or_modules_that_need_scrolling():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_every_data_file_of_the_package_is_installed_with_it():
+    """An editable install finds files that a wheel, as on Colab, would lack: each must be named as package data."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    patterns = tool["setuptools"]["package-data"]["dpo_helpers"]
+    package = ROOT / "dpo_helpers"
+    named = {path for pattern in patterns for path in package.glob(pattern)}
+    data = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert data == named
+    assert {p.name for p in data} >= {"topics.txt", "model.safetensors", "tokenizer.json", "results.schema.json"}
