@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import parallel
 from .errors import SettingsError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +58,7 @@ def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
         precision = ("bf16" if native_bf16 else "fp16") if device == "cuda" else "fp32"
     if precision == "fp16" and device != "cuda":
         raise SettingsError(f"precision is 'fp16', but {device} has no fp16 training: use --precision fp32, or auto")
-    return Compute(torch.device(device), precision)
+    return Compute(parallel.local_device(device), precision)
 
 
 def peak_memory_gb(compute: Compute) -> float:

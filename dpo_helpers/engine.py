@@ -1,165 +1,137 @@
-"""The fast path: frozen blocks once, one row a pair, the head only where a response token is predicted.
+"""The fast path: the numbers of the plain step (`logprobs.pair_logprobs`) for a fraction of its work.
 
-A plain step (`logprobs.pair_logprobs`) runs two rows a pair through the whole model. Three things in that are waste:
+A plain step runs two padded rows a pair through the whole model and scores every position. Here
 
-- Blocks 0 … k-1 and the embeddings are frozen, so their output is the same at every step, for every β, for policy and
-  reference. `FrozenTrunk` computes it once and keeps it.
-- Both rows start with the same prompt. Here a pair is one row, prompt + chosen + rejected, whose mask keeps the
-  responses from seeing each other, and whose positions start again after the prompt.
-- Logits of the prompt are never used. Here the head sees the positions that predict a response token, and no others.
+- the frozen blocks run once: their output never changes, for no epoch, no β, and it is the same for policy and
+  reference, so it is computed when a pair is first met and kept (`store`);
+- a prompt is run once for its two responses, and nothing is padded outside attention (`flat`);
+- after the last block's attention only the positions that predict a response token go on;
+- the head, which is frozen, gives log-probabilities and their gradient in one go (`logprobs.head_logprobs`).
 
-The numbers are those of the plain step up to rounding (`tests/test_engine.py`).
+All of it is exact: it differs from the plain step by rounding only (`tests/test_engine.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from .device import Compute
-from .models import blocks
-from .tokens import EncodedPair, by_length
+from .architectures import Architecture, architecture
+from .errors import TrainingError
+from .flat import FlatBatch, flatten, tokens_of
+from .logprobs import head_logprobs
+from .models import blocks, frozen_part
+from .store import TrunkStore
+from .tokens import EncodedPair
 
-SUPPORTED = ("gpt2", "llama")  # model types whose logits are head(last hidden state) and nothing more
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """B pairs, one row each: prompt + chosen + rejected, padded on the right.
-
-    ids, positions: [B, T] int64; visible: [B, 1, T, T] bool, whether query i sees key j.
-    row, source, target: [R] int64, one entry a response token: the row it stands in, the position that predicts it
-    (for both first tokens the prompt's last one), and its id. side: [R] int64, its place in the 2B log-probabilities,
-    all chosen, then all rejected.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    visible: Tensor
-    row: Tensor
-    source: Tensor
-    target: Tensor
-    side: Tensor
+BUDGET = 4e9  # bytes kept of the frozen blocks' output
 
 
-def pack(pairs: Sequence[EncodedPair], pad_id: int) -> PackedBatch:
-    """Pack pairs into one batch, a row each."""
-    rows = [pair.prompt + pair.chosen + pair.rejected for pair in pairs]
-    length = max(map(len, rows))
-    ids = torch.full((len(pairs), length), pad_id)
-    positions = torch.zeros_like(ids)
-    segment = torch.full_like(ids, 3)  # 0 prompt, 1 chosen, 2 rejected, 3 padding
-    row, source, target, side = [], [], [], []
-    for i, pair in enumerate(pairs):
-        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        ids[i, : p + c + r] = torch.tensor(rows[i])
-        positions[i, : p + c + r] = torch.tensor([*range(p + c), *range(p, p + r)])
-        segment[i, : p + c + r] = torch.tensor([0] * p + [1] * c + [2] * r)
-        row += [i] * (c + r)
-        source += [*range(p - 1, p + c - 1), *[p - 1, *range(p + c, p + c + r - 1)][:r]]
-        target += pair.chosen + pair.rejected
-        side += [i] * c + [len(pairs) + i] * r
-    query, key = segment[:, :, None], segment[:, None, :]  # [B, T, 1], [B, 1, T]
-    visible = torch.ones(length, length, dtype=torch.bool).tril() & ((key == 0) | (key == query))
-    return PackedBatch(ids, positions, visible[:, None], *(torch.tensor(x) for x in (row, source, target, side)))
+class FastPath:
+    """Log-probabilities of some pairs under models that share their first `first_blocks` blocks and embeddings."""
 
-
-class _Replay(nn.Module):
-    """Stands in for the frozen blocks: returns their output, which was stored, whatever comes in."""
-
-    def __init__(self, stored: Tensor):
-        super().__init__()
-        self.stored = stored  # [B, T, d]
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The stored output."""
-        return self.stored
-
-
-@contextmanager
-def _with_blocks(model: Any, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the model run through these blocks instead of its own."""
-    own = blocks(model)
-    path = next(name for name, module in model.named_modules() if module is own)
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    setattr(owner, name, nn.ModuleList(modules))
-    try:
-        yield
-    finally:
-        setattr(owner, name, own)
-
-
-def _hidden(model: Any, batch: PackedBatch, modules: Sequence[nn.Module], device: torch.device) -> Tensor:
-    """Last hidden state [B, T, d] of a packed batch, through these blocks. The mask is added to attention scores."""
-    smallest = torch.finfo(torch.float32).min
-    mask = torch.zeros(batch.visible.shape).masked_fill(~batch.visible, smallest)
-    inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "attention_mask": mask}
-    with _with_blocks(model, modules):
-        out = model.base_model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
-    hidden: Tensor = out.last_hidden_state
-    return hidden
-
-
-class FrozenTrunk:
-    """The output of the first `first_blocks` blocks for every pair, [P + C + R, d]: made once, used at each step."""
-
-    def __init__(self, model: Any, first_blocks: int, pairs: Sequence[EncodedPair], compute: Compute, *, pad_id: int):
-        """Run the trunk of `model` over all pairs, without gradient; keeps 4·d bytes a token, on the CPU."""
-        self.first_blocks, self.pairs, self.pad_id = first_blocks, pairs, pad_id
-        self._ends = torch.tensor([_tokens(pair) for pair in pairs]).cumsum(0).tolist()
-        self._starts = [0, *self._ends[:-1]]
-        self._stored = torch.empty(self._ends[-1], model.config.hidden_size)
-        trunk = list(blocks(model))[:first_blocks]
-        caught: list[Tensor] = []
-        hook = trunk[-1].register_forward_hook(lambda module, args, output: caught.append(output))
-        order = by_length(pairs)
-        for start in tqdm(range(0, len(order), 16), desc="frozen blocks", unit="batch"):
-            at = order[start : start + 16]
-            with torch.no_grad(), compute.autocast():
-                _hidden(model, pack([pairs[i] for i in at], pad_id), trunk, compute.device)
-            for row, i in zip(caught.pop(), at, strict=True):
-                self._stored[self._starts[i] : self._ends[i]] = row[: _tokens(pairs[i])].float().cpu()
-        hook.remove()
-
-    @staticmethod
-    def bytes_needed(pairs: Sequence[EncodedPair], hidden_size: int) -> int:
-        """Memory that the stored outputs of these pairs take."""
-        return 4 * hidden_size * sum(map(_tokens, pairs))
+    def __init__(
+        self,
+        model: Any,
+        pairs: Sequence[EncodedPair],
+        first_blocks: int,
+        *,
+        budget: float = BUDGET,
+        folder: Path | None = None,
+    ):
+        """model: any of them, on the device to use; budget: bytes kept of the frozen blocks' output; folder: for it."""
+        self.pairs, self.first_blocks, self.device = pairs, first_blocks, model.device
+        kept = sum(map(tokens_of, pairs)) if first_blocks else 0  # without blocks there is nothing to save
+        self.store = TrunkStore(
+            kept, model.config.hidden_size, model.device, dtype=model.dtype, budget=budget, folder=folder
+        )
 
     def pair_logprobs(self, model: Any, at: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(log p(chosen | prompt), log p(rejected | prompt)) of the trunk's pairs at these positions, each [B].
+        """(log p(chosen | prompt), log p(rejected | prompt)) of the pairs at these positions, each [B], float32.
 
-        As `logprobs.pair_logprobs`, which is the plain version; model: one that differs from the trunk's in blocks
-        from `first_blocks` on and in what comes after them, and nowhere else.
+        As `logprobs.pair_logprobs`, which is the plain version.
         """
-        chosen, rejected = self._logprobs(model, [self.pairs[i] for i in at], at).chunk(2)
+        chosen, rejected = self._logprobs(model, at, chosen_only=False).chunk(2)
         return chosen, rejected
 
     def chosen_logprobs(self, model: Any, at: Sequence[int]) -> Tensor:
         """log p(chosen | prompt) alone, [B], for SFT: the rejected responses are not run."""
-        return self._logprobs(model, [replace(self.pairs[i], rejected=[]) for i in at], at)[: len(at)]
+        return self._logprobs(model, at, chosen_only=True)[: len(at)]
 
-    def _logprobs(self, model: Any, pairs: Sequence[EncodedPair], at: Sequence[int]) -> Tensor:
-        batch = pack(pairs, self.pad_id)
-        stored = torch.zeros(*batch.ids.shape, self._stored.shape[1])
-        for row, (pair, i) in enumerate(zip(pairs, at, strict=True)):
-            start, length = self._starts[i], _tokens(pair)
-            stored[row, :length] = self._stored[start : start + length]
-        device = model.get_output_embeddings().weight.device
-        rest = list(blocks(model))[self.first_blocks :]
-        hidden = _hidden(model, batch, [_Replay(stored.to(device)), *rest], device)
-        logits = model.get_output_embeddings()(hidden[batch.row, batch.source])  # [R, V]
-        logps = -cross_entropy(logits.float(), batch.target.to(device), reduction="none")  # [R]
-        return torch.zeros(2 * len(at), device=device).index_add(0, batch.side.to(device), logps)
+    def _logprobs(self, model: Any, at: Sequence[int], *, chosen_only: bool) -> Tensor:
+        """[2B], all chosen, then all rejected."""
+        parts, stack = architecture(model), list(blocks(model))
+        self._require_frozen(model)
+        batch = flatten([self.pairs[i] for i in at], chosen_only=chosen_only).to(self.device)
+        x = self._trunk(parts, stack[: self.first_blocks], at, batch, chosen_only)  # [N, d]
+        rest = stack[self.first_blocks :]
+        for block in rest[:-1]:
+            x = run_block(parts, block, x, batch)
+        # [M, d]: after the last attention nothing but the scored positions is read
+        x = run_block(parts, rest[-1], x, batch, only=batch.scored) if rest else x.index_select(0, batch.scored)
+        logps = head_logprobs(parts.norm(x), model.get_output_embeddings().weight, batch.targets)  # [M]
+        return logps.new_zeros(2 * len(at)).index_add(0, batch.side, logps)
+
+    def _require_frozen(self, model: Any) -> None:
+        if model.training:
+            raise TrainingError("the fast path needs dropout off, since it runs the frozen blocks once: model.eval()")
+        frozen = frozen_part(model, self.first_blocks)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in frozen.parameters()):
+            raise TrainingError(
+                f"the fast path runs the embeddings and the first {self.first_blocks} blocks without gradient, but "
+                "they are not all frozen: models.freeze"
+            )
+
+    @torch.no_grad()
+    def _trunk(
+        self, parts: Architecture, frozen: Sequence[Any], at: Sequence[int], batch: FlatBatch, chosen_only: bool
+    ) -> Tensor:
+        """Output of the frozen blocks for a batch, [N, d]: from the store, or computed and kept if there is room."""
+        if not frozen:
+            return parts.embed(batch.ids, batch.positions)
+        fresh: dict[int, Tensor] = {}
+        missing = [i for i in dict.fromkeys(at) if not self.store.has(i)]
+        if missing:
+            whole = flatten([self.pairs[i] for i in missing]).to(self.device)
+            x = parts.embed(whole.ids, whole.positions)
+            for block in frozen:
+                x = run_block(parts, block, x, whole)
+            whole_pairs = torch.split(x, [tokens_of(self.pairs[i]) for i in missing])
+            fresh = dict(zip(missing, whole_pairs, strict=True))
+            for i, rows in fresh.items():
+                self.store.put(i, rows)
+        lengths = [tokens_of(p) - (len(p.rejected) - 1) * chosen_only for p in (self.pairs[i] for i in at)]
+        found = [fresh[i][:n] if i in fresh else self.store.get(i, n) for i, n in zip(at, lengths, strict=True)]
+        x = torch.cat(found)
+        self.store.release()
+        return x
 
 
-def _tokens(pair: EncodedPair) -> int:
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+def run_block(parts: Architecture, block: Any, x: Tensor, batch: FlatBatch, only: Tensor | None = None) -> Tensor:
+    """One transformer block over tokens without padding, [N, d] -> [N, d]; only: these positions [M] go on after
+    attention, [M, d].
+    """
+    mixed = _attention(parts, parts.qkv(block, x, batch.positions), batch, parts.scale(block))
+    if only is not None:
+        x, mixed = x.index_select(0, only), mixed.index_select(0, only)
+    x = x + parts.output(block, mixed)
+    return x + parts.mlp(block, x)
+
+
+def _attention(parts: Architecture, qkv: Tensor, batch: FlatBatch, scale: float) -> Tensor:
+    """Causal attention within each row of a batch. qkv: [N, heads + 2·kv_heads, d_h] -> [N, heads·d_h]."""
+    outputs = []
+    sizes = [rows.numel() for rows in batch.groups]
+    everything = qkv.index_select(0, torch.cat([rows.flatten() for rows in batch.groups]))
+    for rows, part in zip(batch.groups, torch.split(everything, sizes), strict=True):
+        in_rows = part.view(*rows.shape, *part.shape[1:]).transpose(1, 2)  # [n, heads + 2·kv_heads, S, d_h]
+        q, k, v = torch.split(in_rows, [parts.heads, parts.kv_heads, parts.kv_heads], dim=1)
+        shares = parts.heads != parts.kv_heads
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shares)
+        outputs.append(mixed.transpose(1, 2).flatten(2).flatten(0, 1))  # [n·S, heads·d_h]
+    return torch.cat(outputs).index_select(0, batch.back)

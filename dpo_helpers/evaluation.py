@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .device import Compute
+from .engine import FastPath
 from .generation import Response, distinct_n, ends_in_a_loop, repeated_share, sample
 from .kl import sequence_kl
 from .logprobs import pair_logprobs
@@ -51,17 +52,30 @@ class Evaluation:
 
 @torch.no_grad()
 def score_pairs(
-    model: Any, pairs: Sequence[EncodedPair], compute: Compute, *, pad_id: int, batch_size: int = 16, name: str = ""
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    compute: Compute,
+    *,
+    pad_id: int,
+    batch_size: int = 16,
+    name: str = "",
+    fast: FastPath | None = None,
 ) -> PairScores:
-    """Log-probabilities of all pairs, in their order. Pairs of like length share a batch, to pad little."""
+    """Log-probabilities of all pairs, in their order. Pairs of like length share a batch, to pad little.
+
+    fast: a fast path whose first pairs these are; without one the plain version is run.
+    """
     order = by_length(pairs)
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
     bar = tqdm(range(0, len(pairs), batch_size), desc=name or "scoring", unit="batch", disable=None if name else True)
     for start in bar:
         at = order[start : start + batch_size]
-        batch = collate([pairs[i] for i in at], pad_id).to(compute.device)
         with compute.autocast():
-            of_chosen, of_rejected = pair_logprobs(model, batch)
+            if fast:
+                of_chosen, of_rejected = fast.pair_logprobs(model, at)
+            else:
+                batch = collate([pairs[i] for i in at], pad_id).to(compute.device)
+                of_chosen, of_rejected = pair_logprobs(model, batch)
         chosen[at], rejected[at] = of_chosen.float().cpu(), of_rejected.float().cpu()
     lengths = (torch.tensor([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen", "rejected"))
     return PairScores(chosen, rejected, *lengths)

@@ -159,9 +159,13 @@ def freeze(model: Any, first_blocks: int, freeze_embeddings: bool = True) -> Par
     if not 0 <= first_blocks <= len(stack):
         raise SettingsError(f"freeze_layers is {first_blocks}, but the model has {len(stack)} blocks")
     model.requires_grad_(True)
-    for module in (*stack[:first_blocks], *(embeddings(model) if freeze_embeddings else ())):
-        module.requires_grad_(False)
+    (frozen_part(model, first_blocks) if freeze_embeddings else stack[:first_blocks]).requires_grad_(False)
     return count_parameters(model)
+
+
+def frozen_part(model: Any, first_blocks: int) -> nn.ModuleList:
+    """The modules that `freeze` freezes: embeddings and the first blocks."""
+    return nn.ModuleList([*embeddings(model), *blocks(model)[:first_blocks]])
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

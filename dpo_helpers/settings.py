@@ -68,6 +68,7 @@ class Settings:
     max_new_tokens: int = _setting(64, "tokens of a sampled response at most")
     curve_prompts: int = _setting(40, "prompts on which KL is measured at each point of a training curve")
     curve_points: int = _setting(5, "evaluations during a training, for its curves")
+    trunk_gb: float = _setting(4.0, "GB for the frozen blocks' output, on disk or on the GPU; the rest is run anew")
     seed: int = _setting(0, "seed of everything random")
     device: str = _setting("auto", "auto, cuda, mps or cpu")
     precision: str = _setting("auto", "auto, fp32, bf16 or fp16; auto: bf16 only where the chip has it natively")
@@ -79,6 +80,7 @@ class Settings:
             self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
         for name in ("freeze_layers", "warmup_steps", "seed"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("trunk_gb", _is_number(self.trunk_gb) and self.trunk_gb >= 0, "0 or more")
         self._require("max_pairs", self.max_pairs is None or self.max_pairs > 0, "a positive number")
         self._require("max_dropped", 0 <= self.max_dropped <= 1, "a share from 0 to 1")
         self._require("max_prompt_length", self.max_prompt_length < self.max_length, "less than max_length")
@@ -125,7 +127,7 @@ def _is_number(value: object) -> bool:
 
 
 def _numbers(settings: Settings) -> Settings:
-    return replace(settings, runs_dir="", device="auto", precision="auto")
+    return replace(settings, runs_dir="", device="auto", precision="auto", trunk_gb=4.0)
 
 
 PROFILES: dict[str, Settings] = {

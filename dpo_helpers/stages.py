@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from . import mini
-from .engine import SUPPORTED, FrozenTrunk
+from .architectures import is_known
+from .engine import FastPath
 from .evaluation import PairScores, measure_samples, score_pairs
 from .generation import Response
-from .models import freeze, save_model, weights_hash
+from .models import freeze, frozen_part, save_model, weights_hash
 from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData
@@ -25,7 +27,6 @@ from .training import DPOObjective, MetricsRow, SFTObjective, TrainPlan, train
 CurveRow = Callable[[PairScores, PairScores], MetricsRow]
 
 CURVE_PAIRS = 120  # held-out pairs behind each point of a training curve; final numbers use all of them
-TRUNK_BYTES = 10**9  # memory for the frozen blocks' output, kept for runs that share it; past it they run each time
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def save_stage(
     parts = {"held_out": data.held_out} | ({"train": data.train} if is_reference else {})
     logprobs: dict[str, torch.Tensor] = {}
     for part, pairs in parts.items():
-        scores = score_pairs(model, pairs, compute, pad_id=data.pad_id, name=f"scoring {part} pairs")
+        fast = fast_path(settings, data, model, part)
+        scores = score_pairs(model, pairs, compute, pad_id=data.pad_id, name=f"scoring {part} pairs", fast=fast)
         logprobs |= {f"{part}_{key}": value for key, value in vars(scores).items()}
     save_file(logprobs, folder / LOGPROBS)
     save_model(model, data.tokenizer, folder)
@@ -82,8 +84,7 @@ def train_stage(
 ) -> Stage:
     """Train a copy of `start` with the first blocks frozen, and store it as artefact `name`.
 
-    curve_row: what held-out scores become in a row of the training curve; None: no curve. The frozen blocks run
-    once, and the next run in this process from the same start uses their output again (`engine`).
+    curve_row: what held-out scores become in a row of the training curve; None: no curve.
     """
     made_from |= {
         "start": start.weights_sha256,
@@ -100,9 +101,9 @@ def train_stage(
         model = start.load(compute)
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
         evaluate = _curve(settings, data, start, curve_row) if curve_row else None
-        trunk = _frozen_trunk(settings, data, start)
+        fast = fast_path(settings, data, model, "train")
         rows = train(
-            model, data.train[: made_from.get("pairs")], replace(objective, trunk=trunk), plan, compute,
+            model, data.train[: made_from.get("pairs")], replace(objective, fast=fast), plan, compute,
             pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
             evaluations=settings.curve_points,
         )  # fmt: skip
@@ -112,25 +113,33 @@ def train_stage(
     return open_stage(name, artefact(settings, name, made_from, _make))
 
 
-_TRUNK: dict[tuple[object, ...], FrozenTrunk] = {}  # the latest one
+_FAST: dict[tuple[object, ...], FastPath] = {}  # of the latest frozen blocks
 
 
-def _frozen_trunk(settings: Settings, data: Data, start: Stage) -> FrozenTrunk | None:
-    """The trunk that all runs from one start share; None where nothing is frozen, or it would not fit in memory."""
-    compute, model = compute_of(settings), start.load(compute_of(settings))
-    too_large = FrozenTrunk.bytes_needed(data.train, model.config.hidden_size) > TRUNK_BYTES
-    if too_large or not settings.freeze_layers or not settings.freeze_embeddings:
+def fast_path(settings: Settings, data: Data, model: Any, part: str) -> FastPath | None:
+    """The fast path over the "train" or "held_out" pairs, for models with this one's frozen blocks.
+
+    All stages of this process share it, whatever they train: what it keeps of the frozen blocks serves reference,
+    SFT, DPO at every β, and their evaluation. None, with a line that says so once, where the plain path is needed.
+    """
+    if not settings.freeze_embeddings or not is_known(model):
+        _say_plain("the embeddings train" if is_known(model) else f"model type {model.config.model_type}")
         return None
-    if model.config.model_type not in SUPPORTED:
-        print(
-            f"model type {model.config.model_type}: the plain path is used, which is slower and gives the same numbers"
-        )
-        return None
-    key = (start.weights_sha256, data.sha256, settings.freeze_layers, settings.max_length, settings.max_prompt_length)
-    if key not in _TRUNK:
-        _TRUNK.clear()
-        _TRUNK[key] = FrozenTrunk(model, settings.freeze_layers, data.train, compute, pad_id=data.pad_id)
-    return _TRUNK[key]
+    weights = weights_hash(frozen_part(model, settings.freeze_layers))
+    lengths = settings.max_length, settings.max_prompt_length
+    same = (weights, data.sha256, lengths, settings.freeze_layers, settings.trunk_gb, model.device)
+    if (same, part) not in _FAST:
+        for key in [key for key in _FAST if key[0] != same]:
+            del _FAST[key]
+        pairs = data.train if part == "train" else data.held_out
+        budget, folder = settings.trunk_gb * 1e9, settings.run_dir
+        _FAST[same, part] = FastPath(model, pairs, settings.freeze_layers, budget=budget, folder=folder)
+    return _FAST[same, part]
+
+
+@cache
+def _say_plain(why: str) -> None:
+    print(f"{why}: the plain path is used, which is slower and gives the same numbers")
 
 
 def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Callable[[Any], MetricsRow]:
@@ -138,9 +147,10 @@ def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Calla
     compute = compute_of(settings)
     reference = start.load(compute)
     prompts = prompts_to_sample(settings, data)[: settings.curve_prompts]
+    fast = fast_path(settings, data, reference, "held_out")
 
     def _score(model: Any) -> PairScores:
-        return score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id)
+        return score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id, fast=fast)
 
     start_scores = _score(reference)  # in the same batches as the policy's, so that equal models tie exactly
     calls = 0
