@@ -25,7 +25,7 @@ from dpo_helpers.models import freeze, load_model
 from dpo_helpers.models import load_tokenizer as mini_tokenizer
 from dpo_helpers.settings import load_settings
 from dpo_helpers.sources import load_pairs
-from dpo_helpers.tokens import encode_pair
+from dpo_helpers.tokens import encode_pairs
 from dpo_helpers.training import DPOObjective, TrainPlan, train
 
 
@@ -43,7 +43,7 @@ def memory(n: int) -> dict[str, Any]:
     settings = load_settings("mini", max_pairs=n)
     model, tokenizer = load_model(settings), mini_tokenizer(settings)
     freeze(model, FROZEN)
-    pairs = [encode_pair(tokenizer, p, max_length=256, max_prompt_length=128) for p in load_pairs(settings).train]
+    pairs = list(encode_pairs(tokenizer, load_pairs(settings).train, max_length=256, max_prompt_length=128))
     ids_gb = peak_memory_gb(Compute(torch.device("cpu"), "fp32"))
     compute = Compute(torch.device("cpu"), "fp32")
     path = FastPath(model, pairs, FROZEN)

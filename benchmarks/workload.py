@@ -14,7 +14,7 @@ import torch
 from dpo_helpers.models import freeze
 from dpo_helpers.settings import load_settings
 from dpo_helpers.sources import load_pairs
-from dpo_helpers.tokens import EncodedPair, encode_pair
+from dpo_helpers.tokens import EncodedPair, encode_pairs
 from dpo_helpers.training import TrainPlan
 
 FROZEN = 8  # of 12 blocks, and the embeddings
@@ -67,7 +67,7 @@ def draw_pairs(work: Workload) -> list[EncodedPair]:
     """Pairs over the whole length range: sorted by length, cut into as many parts as wanted, one drawn from each."""
     settings = load_settings("gpt2", dataset=work.data, max_pairs=None, held_out_pairs=1, seed=work.seed)
     tokenizer = load_tokenizer(work.tokenizer)
-    encoded = [encode_pair(tokenizer, p, max_length=512, max_prompt_length=256) for p in load_pairs(settings).train]
+    encoded = list(encode_pairs(tokenizer, load_pairs(settings).train, max_length=512, max_prompt_length=256))
     encoded.sort(key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
     rng, n = random.Random(work.seed), work.pairs
     if n > len(encoded):
@@ -88,20 +88,20 @@ def products(pairs: Sequence[EncodedPair], blocks: int = 12, d: int = 768, vocab
     sides = [(len(p.chosen), len(p.rejected)) for p in pairs]
     tokens = sum(p + c + r - 2 for p, (c, r) in zip(prompts, sides, strict=True))
     scored, heads = sum(c + r - 1 for c, r in sides), sum(c + r for c, r in sides)
-    visible = sum(
-        p * (p + 1) / 2 + sum((n - 1) * p + (n - 1) * n / 2 for n in side)
-        for p, side in zip(prompts, sides, strict=True)
-    )
+    # (query, key) places: of the responses' tokens, and with the prompts' among themselves
+    responses = sum((n - 1) * p + (n - 1) * n / 2 for p, side in zip(prompts, sides, strict=True) for n in side)
+    visible = responses + sum(p * (p + 1) / 2 for p in prompts)
+    visible_last = responses + sum(prompts)  # the last block asks from scored places only
     whole = [(tokens, d, 3 * d), (tokens, d, d), (tokens, d, 4 * d), (tokens, 4 * d, d)]
     last = [(tokens, d, 2 * d), (scored, d, d), (scored, d, d), (scored, d, 4 * d), (scored, 4 * d, d)]
     trainable = blocks - FROZEN
     forward = [(shape, trainable - 1) for shape in whole] + [(shape, 1) for shape in last]
     return {
         "first": [(shape, FROZEN) for shape in whole] + forward + [((heads, d, vocabulary), 1)],
-        "first_attention": 4 * d * visible * blocks,
+        "first_attention": 4 * d * (visible * (blocks - 1) + visible_last),
         "forward": forward,
         "head": [((heads, d, vocabulary), 1), ((heads, vocabulary, d), 1)],
-        "later_attention": 3 * 4 * d * visible * trainable,
+        "later_attention": 3 * 4 * d * (visible * (trainable - 1) + visible_last),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from . import parallel
 from .errors import CourseError
 from .settings import PROFILES, Settings, load_settings, parse_value
 
@@ -72,7 +73,8 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def _say_stage(stage: Any) -> None:
-    print(f"{stage.name}: {stage.folder}")
+    if parallel.is_main():
+        print(f"{stage.name}: {stage.folder}")
 
 
 @step
@@ -81,10 +83,11 @@ def data(settings: Settings) -> None:
     from .steps import get_data
 
     found = get_data(settings)
-    print(
-        f"data: {found.pairs.source}: {len(found.train)} training and {len(found.held_out)} held-out pairs, "
-        f"{len(found.pairs.dropped)} rows dropped ({settings.run_dir / 'data'})"
-    )
+    if parallel.is_main():
+        print(
+            f"data: {found.pairs.source}: {len(found.train)} training and {len(found.held_out)} held-out pairs, "
+            f"{len(found.pairs.dropped)} rows dropped ({settings.run_dir / 'data'})"
+        )
 
 
 @step
@@ -126,6 +129,8 @@ def generate(settings: Settings) -> None:
     from .display import show_text
     from .steps import get_final_model, get_generations
 
+    parallel.require_one("generate")
+
     for name, responses in get_generations(settings).items():
         if "/" not in name:
             for response in responses:
@@ -138,12 +143,14 @@ def report(settings: Settings) -> None:
     """Evaluate all models; write results.json, figures/ and report.html."""
     from .report import make_report
 
+    parallel.require_one("report")
     print(f"report: {make_report(settings)}")
 
 
 @step
 def all_(settings: Settings) -> None:
     """All steps, then the report."""
+    parallel.require_one("all")
     for run in (data, reference, sft, dpo, sweep, generate, report):
         run(settings)
 
@@ -156,6 +163,7 @@ def course(
     """Execute the seven notebooks in order, then write the report: what `make course` runs."""
     from .course import run_course
 
+    parallel.require_one("course")
     changed = {
         f.name for f in fields(Settings)
         if f.name != "runs_dir" and getattr(settings, f.name) != getattr(load_settings(settings.profile), f.name)

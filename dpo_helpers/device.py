@@ -1,10 +1,13 @@
-"""One place that picks the device and the precision, and reports both with the peak memory."""
+"""One place that picks the device and the precision, and measures time and memory there."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -59,6 +62,18 @@ def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
     if precision == "fp16" and device != "cuda":
         raise SettingsError(f"precision is 'fp16', but {device} has no fp16 training: use --precision fp32, or auto")
     return Compute(parallel.local_device(device), precision)
+
+
+def median_seconds(what: Callable[[], object], compute: Compute, repeats: int = 7) -> float:
+    """Median time of `repeats` calls, after one that warms up; waits for what a GPU was asked to do."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        what()
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize(compute.device)
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
 
 
 def peak_memory_gb(compute: Compute) -> float:

@@ -64,7 +64,7 @@ def parse_row(row: Mapping[str, object], index: int = 0) -> Pair | Dropped:
         texts[side] = value
     cut = {}
     for side, text in texts.items():
-        if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        if "\0" in text or not _is_unicode(text):
             return Dropped(index, f"{side} holds a NUL or a lone surrogate")
         if ASSISTANT not in text:
             return Dropped(index, f"{side} has no Assistant turn")
@@ -77,6 +77,15 @@ def parse_row(row: Mapping[str, object], index: int = 0) -> Pair | Dropped:
     if chosen == rejected:
         return Dropped(index, "responses are identical")
     return Pair(prompt, chosen, rejected, index)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_rows(rows: Iterable[Mapping[str, object]], max_dropped: float = 0.05) -> tuple[list[Pair], list[Dropped]]:

@@ -66,7 +66,7 @@ def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     gradient has a closed form, ∂log p/∂hidden = weight[target] - softmax(logits) · weight, which is computed in the
     forward pass, chunk by chunk, while the logits are at hand. With one that trains, autograd does it.
     """
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         logits = hidden @ weight.T  # [M, V]
         return -cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
     logps: Tensor = _HeadLogprobs.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]

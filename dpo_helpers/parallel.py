@@ -9,25 +9,34 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from .errors import SettingsError
+
+if TYPE_CHECKING:  # the command line's help imports this module, and torch takes seconds
+    import torch
+    from torch import Tensor, nn
 
 Value = TypeVar("Value")
 
 
+PATIENCE = timedelta(hours=12)  # one process may score or sample for long while the others wait
+
+
 def processes() -> int:
     """How many processes train together (1 unless started by `accelerate launch` or torchrun)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 @cache
 def _state() -> Any:
+    """accelerate's record of the processes; it connects them when first asked."""
+    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def is_main() -> bool:
@@ -35,13 +44,21 @@ def is_main() -> bool:
     return processes() == 1 or bool(_state().is_main_process)
 
 
+def require_one(what: str) -> None:
+    """SettingsError if several processes were started for something that only one can do."""
+    if processes() > 1:
+        raise SettingsError(
+            f"{what} runs in one process, but {processes()} were started: launch data, reference, sft, dpo or sweep "
+            f"with several, then run {what} with plain python"
+        )
+
+
 def local_device(kind: str) -> torch.device:
-    """The device of this process: the GPU with its local number if there are several processes on GPUs."""
-    return (
-        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-        if processes() > 1 and kind == "cuda"
-        else torch.device(kind)
-    )
+    """The device of this process: with several on one machine's GPUs, the one of its local number."""
+    import torch
+
+    number = int(os.environ["LOCAL_RANK"]) if processes() > 1 and kind == "cuda" else None
+    return torch.device(kind) if number is None else torch.device(kind, number)
 
 
 def share(batch: Sequence[int]) -> list[int]:
@@ -53,13 +70,15 @@ def together(step: nn.Module) -> nn.Module:
     """The module whose gradients are averaged over the processes in each backward pass; itself for one process."""
     if processes() == 1:
         return step
+    from torch.nn.parallel import DistributedDataParallel
+
     _state()
-    return nn.parallel.DistributedDataParallel(step)
+    return DistributedDataParallel(step)
 
 
 def alone(step: nn.Module) -> Any:
     """A context whose backward passes only add up gradients here; they are averaged by the next one outside it."""
-    return step.no_sync() if isinstance(step, nn.parallel.DistributedDataParallel) else nullcontext()
+    return nullcontext() if processes() == 1 else step.no_sync()  # type: ignore[operator]
 
 
 def total(values: Tensor) -> Tensor:

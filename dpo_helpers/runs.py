@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from . import parallel
 from .checkpoints import changed_keys, load_manifest, writing
 from .device import Compute, peak_memory_gb, pick_compute
 from .errors import ArtefactError
@@ -101,14 +102,24 @@ def about(settings: Settings) -> dict[str, Any]:
 
 
 def artefact(
-    settings: Settings, name: str, made_from: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+    settings: Settings,
+    name: str,
+    made_from: Mapping[str, Any],
+    make: Callable[[Path], Mapping[str, Any]],
+    take_part: Callable[[], object] = lambda: None,
 ) -> Path:
     """The folder of artefact `name`: as it is if it was made from the same, else made by `make`.
 
     make: fills a temporary folder and returns facts for the manifest. An artefact that is damaged or was made
-    from something else is set aside, and a line says which file or setting it was.
+    from something else is set aside, and a line says which file or setting it was. With several processes
+    (`parallel`) the first one makes it, while the others run `take_part`, and then wait until it is there.
     """
     folder = settings.run_dir / name
+    if not parallel.is_main():
+        if parallel.agreed(False):  # the first process says whether it has to be made
+            take_part()
+        parallel.agreed(False)
+        return folder
     made_from = json.loads(json.dumps({"format": FORMAT, **made_from}))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,15 +129,19 @@ def artefact(
         try:
             manifest = load_manifest(folder)
             if manifest and manifest["made_from"] == made_from:
+                parallel.agreed(False)
+                parallel.agreed(True)
                 return folder
             if manifest:
                 changes = "; ".join(changed_keys(manifest["made_from"], made_from))
                 print(f"{name}: made anew, the earlier one is set aside ({changes})")
         except ArtefactError as error:
             print(f"{name}: {error}; made anew, what is left is set aside")
+        parallel.agreed(True)
         facts: dict[str, Any] = {}  # filled while the folder is written, put into the manifest at its end
         started = time.perf_counter()
         with writing(folder, made_from, facts) as temporary:
             facts.update(make(temporary))
             facts.update(about(settings), seconds=round(time.perf_counter() - started, 1))
+    parallel.agreed(True)
     return folder

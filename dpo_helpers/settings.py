@@ -51,7 +51,7 @@ class Settings:
     epochs: int = _setting(2, "passes over the training pairs for DPO; study: 5")
     sft_epochs: int = _setting(1, "passes over the chosen responses for SFT")
     batch_size: int = _setting(16, "pairs an update; the paper uses 64, the study does not say")
-    micro_batch_size: int = _setting(4, "pairs a forward pass, of like length: bounds memory, same gradient")
+    micro_batch_size: int = _setting(8, "pairs a forward pass, of like length: bounds memory, same gradient")
     learning_rate: float = _setting(1e-6, "of DPO; study and paper: 1e-6")
     sft_learning_rate: float = _setting(1e-6, "of SFT; the study names one rate, 1e-6")
     optimizer: str = _setting("rmsprop", "rmsprop (study, paper) or adamw")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import mini
+from . import mini, parallel
 from .architectures import is_known
 from .engine import FastPath
 from .evaluation import PairScores, measure_samples, score_pairs
@@ -96,21 +96,25 @@ def train_stage(
     if curve_row:
         made_from["curve"] = [CURVE_PAIRS, settings.curve_points, settings.curve_prompts, settings.max_new_tokens]
 
-    def _make(folder: Path) -> dict[str, Any]:
+    def _train() -> tuple[Any, list[MetricsRow]]:
         compute = compute_of(settings)
         model = start.load(compute)
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
-        evaluate = _curve(settings, data, start, curve_row) if curve_row else None
+        evaluate = _curve(settings, data, start, curve_row) if curve_row and parallel.is_main() else None
         fast = fast_path(settings, data, model, "train")
         rows = train(
             model, data.train[: made_from.get("pairs")], replace(objective, fast=fast), plan, compute,
             pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
             evaluations=settings.curve_points,
         )  # fmt: skip
+        return model, rows
+
+    def _make(folder: Path) -> dict[str, Any]:
+        model, rows = _train()
         is_reference = name == "sft" and settings.init_from == "sft"
         return save_stage(folder, settings, data, model, rows, is_reference=is_reference)
 
-    return open_stage(name, artefact(settings, name, made_from, _make))
+    return open_stage(name, artefact(settings, name, made_from, _make, take_part=_train))
 
 
 _FAST: dict[tuple[object, ...], FastPath] = {}  # of the latest frozen blocks
@@ -139,7 +143,8 @@ def fast_path(settings: Settings, data: Data, model: Any, part: str) -> FastPath
 
 @cache
 def _say_plain(why: str) -> None:
-    print(f"{why}: the plain path is used, which is slower and gives the same numbers")
+    if parallel.is_main():
+        print(f"{why}: the plain path is used, which is slower and gives the same numbers")
 
 
 def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Callable[[Any], MetricsRow]:

@@ -31,7 +31,7 @@ from .runs import Stage, artefact, compute_of, open_stage, read_jsonl, write_jso
 from .settings import EMBEDDED, Settings
 from .sources import PairData, data_identity, load_pairs
 from .stages import CurveRow, Data, plan_of, prompts_to_sample, sample_and_measure, save_stage, train_stage
-from .tokens import EncodedPair, encode_pair
+from .tokens import EncodedPair, encode_pairs
 from .training import DPOObjective, MetricsRow, sft_objective
 from .uncertainty import Interval, mean_and_error, paired_difference
 
@@ -82,7 +82,7 @@ def _read_data(settings: Settings, folder: Path, sha256: str) -> Data:
 
     def encode(part: Sequence[Pair]) -> list[EncodedPair]:
         lengths = {"max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length}
-        return [encode_pair(tokenizer, pair, **lengths) for pair in part]
+        return list(encode_pairs(tokenizer, part, **lengths))
 
     return Data(pairs, encode(pairs.train), encode(pairs.held_out), tokenizer, sha256)
 

@@ -253,7 +253,7 @@ class _Gradient:
                 self.scaler.scale(losses.sum() * share).backward()  # type: ignore[no-untyped-call]
             for key, value in {"loss": losses.detach(), **metrics}.items():
                 sums[key] = sums.get(key, 0.0) + value.sum() * (weight / len(at))
-        means = parallel.total(torch.stack([value.double() for value in sums.values()]))
+        means = parallel.total(torch.stack(list(sums.values())))
         return dict(zip(sums, means.tolist(), strict=True))
 
 

@@ -85,18 +85,20 @@ SHAPES = {
     "one token each": [(1, 1, 1), (1, 1, 1)],
     "one long row among short ones": [(40, 10, 12), (2, 1, 3), (3, 2, 1)],
     "one long response": [(2, 50, 1), (2, 1, 1)],
+    "one row of 1,024 tokens": [(1000, 24, 12), (2, 1, 3), (5, 7, 2)],
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batches_of_any_shape(cpu, shape):
+    """GPT-2's longest row, 1,024 tokens, among them."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(n):
         return torch.randint(1, 50, (n,), generator=generator).tolist()
 
     data = [EncodedPair(ids(p), ids(c), ids(r), i) for i, (p, c, r) in enumerate(SHAPES[shape])]
-    model = tiny_gpt2()
+    model = tiny_gpt2(positions=1024)
     freeze(model, 1)
     objective = objectives(model, data, cpu)["dpo"]
     at = range(len(data))

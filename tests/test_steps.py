@@ -9,10 +9,11 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
-from dpo_helpers import steps
+from dpo_helpers import architectures, stages, steps
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.models import weights_hash
 from dpo_helpers.report import check_results, make_report, results_schema
+from dpo_helpers.store import TrunkStore
 
 
 def mtimes(folder):
@@ -177,3 +178,42 @@ def test_a_model_card_gives_no_local_path_and_renders_no_hostile_name(small, tmp
     hub = replace(small, model="openai-community/gpt2", dataset="Anthropic/hh-rlhf")
     metadata = ModelCard(model_card(hub, evaluation, "x", "0" * 64)).data.to_dict()
     assert (metadata["base_model"], metadata["datasets"]) == ("openai-community/gpt2", ["Anthropic/hh-rlhf"])
+
+
+def test_the_frozen_blocks_run_once_for_all_stages(small, monkeypatch):
+    """Reference, SFT, DPO and the sweep with their scores and curves: each pair meets the frozen blocks once."""
+    kept = []
+    put = TrunkStore.put
+
+    def counting(store, pair, rows):
+        kept.append((id(store), pair))
+        put(store, pair, rows)
+
+    monkeypatch.setattr(TrunkStore, "put", counting)
+    monkeypatch.setattr(stages, "_FAST", {})
+    steps.get_sft(small)
+    steps.get_sweep(small)
+    data = steps.get_data(small)
+    assert len(kept) == len(set(kept)) == len(data.train) + len(data.held_out)
+
+
+def test_a_model_of_another_family_takes_the_plain_path_and_says_so_once(small, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "_FAST", {})
+    stages._say_plain.cache_clear()
+    expected = steps.get_dpo(small)
+    monkeypatch.setattr(architectures, "FAMILIES", {})
+    other = replace(small, runs_dir=str(small.run_dir / "plain"))
+    plain = steps.get_dpo(other)
+    assert capsys.readouterr().out.count("model type gpt2: the plain path is used") == 1
+    losses = [[row["loss"] for row in stage.metrics if row["split"] == "train"] for stage in (expected, plain)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_trainable_embeddings_take_the_plain_path(small, monkeypatch, capsys):
+    """The other reading of "8 blocks frozen": their gradient must not be lost."""
+    stages._say_plain.cache_clear()
+    free = replace(small, freeze_embeddings=False)
+    stage = steps.get_dpo(free)
+    assert "the embeddings train: the plain path" in capsys.readouterr().out
+    moved, start = stage.load().state_dict(), steps.get_reference(free).load().state_dict()
+    assert not torch.equal(moved["transformer.wte.weight"], start["transformer.wte.weight"])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from dpo_helpers.errors import DataError
 from dpo_helpers.hh import Pair
-from dpo_helpers.tokens import EncodedPair, batch_order, collate, encode_pair, epoch_order
+from dpo_helpers.tokens import EncodedPair, batch_order, collate, encode_pair, encode_pairs, epoch_order
 
 
 class Letters:
@@ -101,3 +101,20 @@ def test_batches_cover_every_pair_once_an_epoch():
     assert [epoch for epoch, _ in batches] == [0, 0, 0, 1, 1, 1]
     assert [len(at) for _, at in batches] == [4, 4, 2, 4, 4, 2]
     assert sorted(i for epoch, at in batches for i in at if epoch == 1) == list(range(10))
+
+
+def test_pairs_in_chunks_are_those_one_by_one(tokenizer):
+    """In order, over the ends of chunks, with and without a fast tokenizer, as a stream that is not read ahead."""
+    pairs = [
+        Pair(f"\n\nHuman: {'why ' * (i % 9)}?\n\nAssistant:", " yes" * (1 + i % 4), f" no {i}", i) for i in range(23)
+    ]
+    lengths = {"max_length": 20, "max_prompt_length": 12}
+    expected = [encode_pair(tokenizer, pair, **lengths) for pair in pairs]
+    assert any(pair.was_cut for pair in expected)
+    assert list(encode_pairs(tokenizer, iter(pairs), chunk=5, **lengths)) == expected
+    letters = Pair("ab", "c", "de", 7)
+    assert list(encode_pairs(Letters(), [letters], **lengths)) == [encode_pair(Letters(), letters, **lengths)]
+    read = []
+    stream = (read.append(pair) or pair for pair in pairs)
+    assert next(encode_pairs(tokenizer, stream, chunk=5, **lengths)) == expected[0]
+    assert len(read) == 5

@@ -204,3 +204,65 @@ def test_evaluation_points(cpu):
     assert held == sorted(set(held))
     assert held == [0, 4, 8, 12]
     assert len(calls) == 4
+
+
+class OutOfMemory:
+    """DPO losses, but a micro-batch of more than `limit` pairs runs out of memory from update 3 on, halfway through."""
+
+    def __init__(self, objective, limit, error):
+        self.objective, self.limit, self.error, self.sizes = objective, limit, error, []
+
+    def __call__(self, model, batch, at):
+        self.sizes.append(len(at))
+        if sum(self.sizes) > 8 and len(at) > self.limit:
+            raise self.error
+        return self.objective(model, batch, at)
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+
+def limited(cpu, limit, error, **changes):
+    data = pairs(12)
+    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
+    objective = OutOfMemory(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), limit, error)
+    return objective, *run(cpu, objective, data, **changes)
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU])
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(cpu, capsys, error, monkeypatch):
+    """Batches of 4 in one part; from update 3 on one pair fits: 4 fails, 2 fails, then four parts of 1.
+
+    Under SGD, whose weights show the gradients; RMSprop would amplify their rounding.
+    """
+    monkeypatch.setattr("dpo_helpers.training.make_optimizer", lambda _, p, rate: torch.optim.SGD(p, lr=rate))
+    _, expected_policy, expected = limited(cpu, 4, error)
+    objective, policy, rows = limited(cpu, 1, error)
+    assert objective.sizes[:5] == [4, 4, 4, 2, 1]
+    assert set(objective.sizes[4:]) == {1}, "the smaller size stays"
+    said = capsys.readouterr().out
+    assert "out of memory at update 3 with 2 pairs a forward pass: from here on 1" in said
+    for key in ("loss", "grad_norm", "reward_margin"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], abs=1e-5), key
+    for (name, parameter), other in zip(policy.named_parameters(), expected_policy.parameters(), strict=True):
+        assert (parameter - other).abs().max() <= 1e-5, name
+
+
+def test_out_of_memory_with_a_single_pair_is_an_error_that_names_rows(cpu):
+    with pytest.raises(TrainingError, match=r"update 3 with a single pair a forward pass \(rows 10\d") as caught:
+        limited(cpu, 0, CUDA)
+    assert "--max-length" in str(caught.value)
+
+
+def test_other_runtime_errors_are_not_taken_for_it(cpu):
+    with pytest.raises(RuntimeError, match="shapes"):
+        limited(cpu, 1, RuntimeError("shapes do not match"))
+
+
+def test_only_the_rows_at_fault_are_named(cpu):
+    """NaN in one pair's loss: that row, not its batch."""
+    data = pairs(4)
+    reference = torch.tensor([0.0, 0.0, float("nan"), 0.0])
+    with pytest.raises(TrainingError, match=r"loss is not finite at update 1 \(rows 102\)"):
+        train(tiny_gpt2(), data, DPOObjective(reference, torch.zeros(4), 0.5), PLAN, cpu, pad_id=0)

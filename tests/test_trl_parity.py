@@ -12,6 +12,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_gpt2
+from dpo_helpers.device import Compute
+from dpo_helpers.engine import FastPath
+from dpo_helpers.evaluation import score_pairs
 from dpo_helpers.hh import Pair
 from dpo_helpers.logprobs import pair_logprobs
 from dpo_helpers.losses import pair_losses
@@ -127,6 +130,27 @@ def test_log_probabilities_losses_rewards_and_gradients(kind, words, rows, tmp_p
     assert set(ours) == set(theirs) != set()
     for name, grad in theirs.items():
         assert (ours[name] - grad).norm() <= 1e-6 * max(1.0, grad.norm()), name
+
+
+def test_sixteen_bits_are_no_worse_than_theirs(words, rows, tmp_path, cpu):
+    """bf16 inside autocast against float32's truth: the plain and the fast path, and TRL's own log-probabilities."""
+    policy, reference = models(words)
+    trainer = trl_trainer(policy, reference, words, rows, tmp_path)
+    encoded = encode(words, rows)
+    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))]))
+    half = Compute(torch.device("cpu"), "bf16")
+
+    def error(scores):
+        return (torch.cat([scores.chosen, scores.rejected]) - truth).pow(2).mean().sqrt().item()
+
+    exact = score_pairs(policy, encoded, cpu, pad_id=0)
+    truth = torch.cat([exact.chosen, exact.rejected])
+    with half.autocast():
+        theirs = torch.cat(trainer.compute_ref_log_probs(policy.eval(), inputs)).float()
+    bound = (theirs - truth).pow(2).mean().sqrt().item()
+    assert bound > 0
+    assert error(score_pairs(policy, encoded, half, pad_id=0)) <= 1.1 * bound
+    assert error(score_pairs(policy, encoded, half, pad_id=0, fast=FastPath(policy, encoded, 1))) <= 1.1 * bound
 
 
 def test_a_training_run_of_20_updates(words, rows, tmp_path, cpu):

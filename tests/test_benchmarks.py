@@ -1,0 +1,94 @@
+"""The arithmetic and the summaries of benchmarks/, by hand; the measurements themselves are not tests."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import dpo_vs_trl
+from benchmarks.workload import Workload, batches, draw_pairs, products
+from conftest import SHARED
+from dpo_helpers.tokens import EncodedPair
+
+WORK = Workload("data", "tokenizer", 4, 2, 3, 0, "cpu", "fp32")
+
+
+def flop(listed):
+    return sum(2 * m * k * n * count for (m, k, n), count in listed)
+
+
+@pytest.mark.parametrize(
+    ("p", "c", "later", "first"), [(140, 60, 58.4, 111), (60, 60, 47.1, 86.4), (300, 60, 81.6, 161)]
+)
+def test_floors_are_those_worked_out_by_hand(p, c, later, first):
+    """b = 24d² a token and block, h = 2dV a scored position: later 3·(3bT + 4d²T + 20d²Q) + 4C·h, with attention on
+    what is visible, and the first epoch 8bT more with one more forward pass; in GFLOP."""
+    work = products([EncodedPair([1] * p, [1] * c, [1] * c)])
+    total = 3 * flop(work["forward"]) + flop(work["head"]) + work["later_attention"]
+    assert total / 1e9 == pytest.approx(later, rel=0.005)
+    assert (total + flop(work["first"]) + work["first_attention"]) / 1e9 == pytest.approx(first, rel=0.01)
+
+
+def test_pairs_are_drawn_over_the_whole_range(hh_slice):
+    work = replace(WORK, data=str(hh_slice), tokenizer=str(SHARED / "data/gpt2-tokenizer"), pairs=12)
+    lengths = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in draw_pairs(work))
+    assert lengths[0] < 80
+    assert lengths[-1] > 400
+    again = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in draw_pairs(work))
+    assert lengths == again
+    assert draw_pairs(replace(work, seed=1)) != draw_pairs(work)
+    with pytest.raises(SystemExit, match="usable pairs, but --pairs is 99999"):
+        draw_pairs(replace(work, pairs=99999))
+
+
+def test_batches():
+    pairs = [EncodedPair([i], [1], [2]) for i in range(5)]
+    assert [[p.prompt[0] for p in part] for part in batches(pairs, [4, 2, 0, 1, 3], 2)] == [[4, 2], [0, 1], [3]]
+
+
+def run(precompute, seconds, epochs=3, peak=1.0, losses=(0.69, 0.68)):
+    steps = [[epoch, 2, s] for epoch in range(epochs) for s in seconds]
+    return {"precompute_s": precompute, "steps": steps, "peak_gb": peak, "losses": list(losses)}
+
+
+def test_summary_by_hand():
+    """4 pairs, 2 updates an epoch. Ours: precomputation 2 s, steps of 9 (the first, dropped) or 1 s and 1 s: 0.5 s a
+    pair, so 3 epochs take 2 + 6 s for 12 pairs. TRL: one epoch timed, 10 s a step: 5 s a pair, 4 + 60 s."""
+    ours = run(2.0, (1.0, 1.0), peak=2.0)
+    ours["steps"][0][2] = 9.0
+    runs = {
+        "ours": [ours] * 3, "TRL tuned (b)": [run(4.0, (3.0, 10.0), epochs=1, peak=8.0)],
+        "TRL defaults (a)": [run(0.0, (3.0, 20.0), epochs=1)],
+        "ours, sweep": [run(2.0, [1.0] * 8)], "floor": [{"first_s": 1.0, "later_s": 1.2}],
+    }  # fmt: skip
+    rows = dpo_vs_trl.summarise(runs, WORK)
+    assert rows["ours"]["pairs_per_s"] == pytest.approx(12 / 8)
+    assert rows["ours"]["later_pairs_per_s"] == pytest.approx(2.0)
+    assert rows["TRL tuned (b)"]["pairs_per_s"] == pytest.approx(12 / 64)
+    assert rows["ours, sweep"]["pairs_per_s"] == pytest.approx(48 / 26), "one precomputation for four β"
+    table = {what: (value, met) for what, value, _, met in dpo_vs_trl.ratios(rows, runs, WORK)}
+    assert table["pairs/s over 3 epochs, × TRL tuned (b)"] == (pytest.approx(8.0), True)
+    assert table["pairs/s over 3 epochs, × TRL's defaults (a)"] == (pytest.approx(15.0), True)
+    assert table["pairs/s of later epochs, × TRL tuned (b)"] == (pytest.approx(10.0), True)
+    assert table["peak memory, of TRL tuned's"] == (0.25, True)
+    assert table["efficiency: matrix-product floor / time, later epochs"] == (pytest.approx(0.6), True)
+    assert table["efficiency of the first pass (frozen blocks, reference)"][0] == pytest.approx(0.5)
+    runs["TRL tuned (b)"] = [run(4.0, (3.0, 1.0), epochs=1, losses=(0.69, 0.7))]
+    slow = {what: met for what, _, _, met in dpo_vs_trl.ratios(dpo_vs_trl.summarise(runs, WORK), runs, WORK)}
+    assert not slow["pairs/s over 3 epochs, × TRL tuned (b)"]
+    assert not slow["largest difference of the losses of the first 2 updates"]
+
+
+def test_the_committed_results_are_those_the_readme_quotes():
+    folder = dpo_vs_trl.RESULTS
+    result = json.loads((folder / "dpo_vs_trl.json").read_text(encoding="utf-8"))
+    assert result["work"]["pairs"] >= 48
+    assert result["repeats"] >= 3
+    assert (folder / "dpo_vs_trl.md").read_text(encoding="utf-8") == dpo_vs_trl.as_markdown(result)
+    rows = dpo_vs_trl.summarise(result["runs"], Workload(**result["work"]))
+    assert rows == result["rows"]
+    readme = (folder.parent / "README.md").read_text(encoding="utf-8")
+    for what, value, goal, _ in result["ratios"]:
+        assert f"| {what} | {value:.3g} | {goal} |" in readme, what
+    assert torch.tensor([value for _, value, _, _ in result["ratios"]]).isfinite().all()
