@@ -154,7 +154,8 @@ def train(
     model.eval()  # dropout stays off: a log-probability that enters a loss must be the model's own
     gradient = _Gradient(model, pairs, objective, plan.micro_batch_size, compute, scaler, pad_id)
     rows: list[MetricsRow] = [{"step": 0, "epoch": 0, "split": "held_out", **evaluate()}] if evaluate else []
-    bar = tqdm(batches, desc=name, unit="update", disable=None if parallel.is_main() else True)
+    quiet = {} if parallel.is_main() else {"disable": True}  # else TQDM_DISABLE decides
+    bar = tqdm(batches, desc=name, unit="update", **quiet)
     for step, (epoch, at) in enumerate(bar):
         started = time.perf_counter()
         rate = plan.learning_rate * rate_factor(step, len(batches), plan)
