@@ -16,7 +16,8 @@ class TrunkStore:
 
     On the CPU they lie in a nameless temporary file that is mapped into memory. Its pages are given back after each
     use, so the process does not grow with the data; the system's file cache keeps what there is room for. On a GPU
-    they lie in its memory. What finds no room is simply not kept: `put` ignores it, and `has` says so.
+    they lie in its memory, in half of what is free at most. What finds no room is simply not kept: `put` ignores it,
+    and `has` says so.
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class TrunkStore:
     ):
         """Room for `rows` rows, or for as many as the budget (or the disk) allows; folder: for the file."""
         row = width * dtype.itemsize  # bytes
+        if device.type == "cuda":
+            budget = min(budget, torch.cuda.mem_get_info(device)[0] / 2)  # the training needs some of what is free
         self.capacity = min(rows, int(budget / row))
         self.used, self._places = 0, dict[int, tuple[int, int]]()
         self._map: mmap.mmap | None = None

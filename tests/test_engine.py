@@ -135,6 +135,14 @@ def test_a_full_disk_is_said_and_survived(monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().out
 
 
+def test_a_gpu_gives_half_of_its_free_memory(monkeypatch):
+    """Room for 5 rows of 16 bytes in half of 170 bytes, whatever the budget says."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (170, 999))
+    monkeypatch.setattr("dpo_helpers.store.torch.empty", lambda *size, dtype, device: torch.zeros(*size, dtype=dtype))
+    assert TrunkStore(100, 4, torch.device("cuda"), budget=1e9).capacity == 5
+    assert TrunkStore(100, 4, torch.device("cuda"), budget=32).capacity == 2
+
+
 def test_stored_rows_come_back_after_their_pages_are_given_up():
     store = TrunkStore(10, 4, torch.device("cpu"), budget=1e9)
     rows = torch.arange(24.0).view(6, 4)
