@@ -149,7 +149,7 @@ def main(
     epochs: Annotated[int, typer.Option(help="passes over the pairs")] = 3,
     trl_epochs: Annotated[int, typer.Option(help="epochs that TRL is timed over; each does the same work")] = 3,
     repeats: Annotated[int, typer.Option(help="of every row, taking turns")] = 3,
-    rows: Annotated[str, typer.Option(help="which, comma-separated: " + "; ".join(ROWS))] = ";".join(
+    rows: Annotated[str, typer.Option(help="which, separated by semicolons: " + "; ".join(ROWS))] = ";".join(
         row for row in ROWS if "plain" not in row
     ),
     seed: Annotated[int, typer.Option(help="of the draw and of the order")] = 0,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from .errors import ModelError
+
 
 class Architecture(Protocol):
     """What `engine` asks of a model family. x: [N, d], the residual stream; positions: [N]."""
@@ -116,5 +118,10 @@ def is_known(model: Any) -> bool:
 
 
 def architecture(model: Any) -> Architecture:
-    """The parts of a model whose family `is_known`."""
+    """The parts of a model whose family `is_known`; ModelError for another one."""
+    if not is_known(model):
+        known = ", ".join(FAMILIES)
+        raise ModelError(
+            f"the fast path knows models of type {known}, not {model.config.model_type}: take the plain one"
+        )
     return FAMILIES[model.config.model_type](model)
