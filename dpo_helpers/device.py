@@ -61,9 +61,6 @@ def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
         precision = ("bf16" if native_bf16 else "fp16") if device == "cuda" else "fp32"
     if precision == "fp16" and device != "cuda":
         raise SettingsError(f"precision is 'fp16', but {device} has no fp16 training: use --precision fp32, or auto")
-    # Once a pair is learned its gradient underflows, and a CPU computes with denormal numbers (below 1e-38) by
-    # microcode: one such step took 28 s instead of 1. Threads take the setting over when they start, so it comes first.
-    torch.set_flush_denormal(True)
     return Compute(parallel.local_device(device), precision)
 
 
