@@ -92,7 +92,7 @@ class Llama:
             project(normed).view(len(x), -1, attention.head_dim)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        cos, sin = self.model.rotary_emb(v, positions[None])  # [1, N, d_h] each
+        cos, sin = self.model.rotary_emb(x, positions[None])  # [1, N, d_h] each
         q, k = apply_rotary_pos_emb(q, k, cos[0], sin[0])  # type: ignore[no-untyped-call]
         return torch.cat([q, k, v], dim=1)
 

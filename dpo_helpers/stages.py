@@ -131,7 +131,7 @@ def fast_path(settings: Settings, data: Data, model: Any, part: str) -> FastPath
         return None
     weights = weights_hash(frozen_part(model, settings.freeze_layers))
     lengths = settings.max_length, settings.max_prompt_length
-    same = (weights, data.sha256, lengths, settings.freeze_layers, settings.trunk_gb, model.device)
+    same = (weights, data.sha256, lengths, settings.freeze_layers, settings.trunk_gb, compute_of(settings))
     if (same, part) not in _FAST:
         for key in [key for key in _FAST if key[0] != same]:
             del _FAST[key]

@@ -48,7 +48,7 @@ def launch(*arguments, **environment):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, timeout=300,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done
