@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dpo_helpers.logprobs import pair_logprobs, response_logprobs, token_logprobs
+from dpo_helpers.logprobs import head_logprobs, pair_logprobs, response_logprobs, token_logprobs
 from dpo_helpers.tokens import EncodedPair, collate
 
 PAIRS = [
@@ -89,3 +89,17 @@ def test_sixteen_bit_logits_are_summed_in_float32():
     got = response_logprobs(logits, ids, mask)
     assert got.dtype == torch.float32
     assert abs(got.item() + 299 * math.log(50)) < 1e-2
+
+
+def test_the_head_in_chunks_is_autograd(monkeypatch):
+    """Chunks of 3 rows, 10 rows: float64 values and gradients against log_softmax."""
+    monkeypatch.setattr("dpo_helpers.logprobs.CHUNK_BYTES", 3 * 4 * 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    targets, upstream = torch.arange(10) % 7, torch.linspace(-1, 2, 10, dtype=torch.float64)
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(10), targets]
+    found = head_logprobs(hidden, weight, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(logps, hidden, upstream)[0] for logps in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

@@ -266,3 +266,25 @@ def test_only_the_rows_at_fault_are_named(cpu):
     reference = torch.tensor([0.0, 0.0, float("nan"), 0.0])
     with pytest.raises(TrainingError, match=r"loss is not finite at update 1 \(rows 102\)"):
         train(tiny_gpt2(), data, DPOObjective(reference, torch.zeros(4), 0.5), PLAN, cpu, pad_id=0)
+
+
+def test_out_of_memory_after_part_of_a_gradient_counts_nothing_twice(cpu):
+    """Parts of two: the second part of update 2 fails, when the first one's gradient is there already."""
+
+    class Once(OutOfMemory):
+        def __call__(self, model, batch, at):
+            self.sizes.append(len(at))
+            if len(self.sizes) == self.limit:
+                raise self.error
+            return self.objective(model, batch, at)
+
+    data = pairs(12)
+    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
+    runs = []
+    for call in (4, -1):
+        objective = Once(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), call, CUDA)
+        runs.append((objective, run(cpu, objective, data, micro_batch_size=2)[1]))
+    assert runs[0][0].sizes[:8] == [2, 2, 2, 2, 1, 1, 1, 1]
+    for key in ("loss", "grad_norm"):
+        failed, whole = ([row[key] for row in rows[:2]] for _, rows in runs)
+        assert failed == pytest.approx(whole, rel=1e-5, abs=1e-5), key
