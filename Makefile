@@ -2,14 +2,22 @@
 #   PROFILE=gpt2        the study's set-up instead of the embedded default
 #   PYTHON=python3.12   another Python (3.10 or later)
 #   TORCH_INDEX=ADDRESS index to take torch from, such as PyTorch's CPU-only one: pytorch.org, "Get started"
+#   HASHES=1            a new .venv of wheels whose sha256 stands in requirements-hashed.txt, what `make test` needs
+#                       included; all but torch from TORCH_INDEX, with its CUDA libraries. An older .venv is cleared.
 #   DPO_<SETTING>=…     any setting of the course, such as DPO_MAX_PAIRS=500
 PROFILE ?= mini
 PYTHON ?= python3
 TORCH_INDEX ?=
+HASHES ?= $(wildcard .venv/.hashed)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install -q --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) -c constraints.txt
+# With hashes nothing is fetched for the package itself: all it needs is there, also what builds it.
+SELF := $(if $(HASHES),--no-deps --no-build-isolation)
+TOOLS := build/tools/bin
+RESOLVE := $(TOOLS)/uv pip compile -q --universal --python-version 3.10 --only-binary :all: --no-annotate --no-header
 
-.PHONY: course test lint unit notebooks lab regenerate clean
+.PHONY: course test lint unit notebooks lab regenerate lock audit licences clean
 course: .venv/.course
 	$(BIN)/python -m dpo_helpers course --profile $(PROFILE)
 
@@ -38,22 +46,66 @@ lab: .venv/.course
 regenerate: .venv/.dev
 	DPO_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m dpo_helpers course --profile mini --in-place
 
+# Optional, with tools of their own. The first: resolve constraints.txt, keeping what still fits, and hash these versions.
+lock: build/tools/.made
+	echo torch==2.13.0 > build/torch.txt
+	$(RESOLVE) pyproject.toml --all-extras -c build/torch.txt -o constraints.txt
+	$(RESOLVE) constraints.txt --no-deps --generate-hashes -o requirements-hashed.txt
+
+# Known holes in the pins that this Python and system take. --strict: a package that the service does not know fails.
+audit: build/tools/.made
+	@rm -f build/audit.txt
+	@$(TOOLS)/pip-audit --strict --disable-pip -r requirements-hashed.txt --progress-spinner off -o build/audit.txt \
+	    2> build/audit.log && echo "audit: no known holes in the pinned versions" || { \
+	  if [ -s build/audit.txt ]; then cat build/audit.txt; echo "audit: these pinned versions have known holes"; \
+	  else tail -n 1 build/audit.log; echo "audit: nothing was audited: the advisory service of PyPI cannot be reached" \
+	    "from here, or does not know the package above; try again where it can be"; fi >&2; exit 1; }
+
+# The table at the end of LICENSES.md, of what is installed here.
+licences: .venv/.dev build/tools/.made
+	$(TOOLS)/pip-licenses --python=$(BIN)/python --with-system --format=markdown --ignore-packages dpo-helpers pip \
+	  --output-file=build/licences.txt
+	sed '/^| Name/,$$d' LICENSES.md > build/LICENSES.md
+	tr -s ' -' < build/licences.txt >> build/LICENSES.md
+	mv build/LICENSES.md LICENSES.md
+
+build/tools/.made:
+	$(PYTHON) -m venv build/tools
+	$(TOOLS)/python $(INSTALL) 'uv>=0.8' 'pip-audit>=2.9' 'pip-licenses>=5'
+	@touch $@
+
+# Metadata of an earlier install in the folder itself would be read before that in .venv.
+define VENV
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+  { echo "error: $(PYTHON) is older than 3.10; use make PYTHON=..." >&2; exit 2; }
+$(PYTHON) -m venv $(if $(HASHES),--clear) .venv
+rm -rf dpo_helpers.egg-info
+@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+  echo "No GPU found: torch's default wheel on Linux may bring several GB of CUDA. If it does, stop and run"; \
+  echo "make $(MAKECMDGOALS) TORCH_INDEX=ADDRESS with PyTorch's CPU-only index (pytorch.org, Get started)."; fi
+endef
+
 .venv/.torch: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: $(PYTHON) is older than 3.10; use make PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
-	  echo "No GPU found: torch's default wheel on Linux may bring several GB of CUDA. If it does, stop and run"; \
-	  echo "make $(MAKECMDGOALS) TORCH_INDEX=ADDRESS with PyTorch's CPU-only index (pytorch.org, Get started)."; fi
+	$(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
-.venv/.course: .venv/.torch pyproject.toml
-	$(PIP) -e .
+# The index of TORCH_INDEX has other files than the locked ones: torch comes from there, unchecked, after all the rest.
+.venv/.hashed: requirements-hashed.txt
+	$(VENV)
+	awk -v all=$(if $(TORCH_INDEX),0,1) '/^[a-z]/ {keep = all || !/^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==/} keep' \
+	  requirements-hashed.txt > .venv/hashed.txt
+	$(BIN)/python $(INSTALL) --no-deps --only-binary :all: --require-hashes -r .venv/hashed.txt
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip check
+	@touch $@
+
+.venv/.course: $(if $(HASHES),.venv/.hashed,.venv/.torch) pyproject.toml
+	$(PIP) $(SELF) -e .
 	@touch $@
 
 .venv/.dev: .venv/.course
-	$(PIP) -e '.[dev]'
+	$(PIP) $(SELF) -e '.[dev]'
 	@touch $@
 
 clean:

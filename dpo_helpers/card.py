@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .display import visible
 from .evaluation import Evaluation
 from .settings import EMBEDDED, Settings
+from .untrusted import one_line
 
 LICENSES = {EMBEDDED: "mit", "openai-community/gpt2": "mit"}
 DATASETS = {"Anthropic/hh-rlhf"}  # names that a card may give as data sets of the Hub
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MEASURED = {
     "kl": "KL(π_θ‖π_ref), nats a response",
     "true_reward": "true reward of sampled answers",
@@ -27,8 +30,8 @@ MEASURED = {
 
 def _name(text: str) -> str:
     """A model or data set's name for Markdown: no path of this machine, nothing that is rendered."""
-    plain = Path(text).name if Path(text).exists() else text
-    return "`" + visible(plain).replace("`", "'").replace("\n", " ") + "`"
+    plain = Path(text).name if os.path.exists(text) else text
+    return "`" + one_line(plain).replace("`", "'") + "`"
 
 
 def model_card(settings: Settings, comparison: Mapping[str, Evaluation], source: str, weights_sha256: str) -> str:
@@ -37,7 +40,7 @@ def model_card(settings: Settings, comparison: Mapping[str, Evaluation], source:
     comparison: the three models, measured. source: of the data, as `get_data` names it. The metadata names model and
     data set only where they are the Hub's: a local name could be taken for somebody else's repository.
     """
-    is_hub = settings.model != EMBEDDED and not Path(settings.model).exists()
+    is_hub = settings.model != EMBEDDED and not os.path.exists(settings.model) and _HUB_ID.fullmatch(settings.model)
     data = ModelCardData(
         language="en",
         license=LICENSES.get(settings.model),

@@ -2,7 +2,8 @@
 
 An artefact is a folder. It is written under a temporary name beside its place, flushed to disk, and then
 renamed into place in one step, so a reader never sees half of one. `manifest.json` holds what it was made
-from and the sha256 of each file.
+from, the sha256 of each file, and at its end the sha256 of all that stands before. While an artefact is made, its
+maker holds a lock, and a second process is told who that is.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .errors import ArtefactError
 
 MANIFEST = "manifest.json"
+WAIT_SECONDS = 5  # for another process that holds a lock; making a small artefact takes no longer
 
 
 def file_hash(path: Path) -> str:
@@ -55,6 +62,71 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
+def start_over(run_dir: Path) -> None:
+    """Move a run aside, whole, so that the next one begins with nothing; a printed line says where it is now.
+
+    Raises ArtefactError if a process is making something in it, or the disk refuses.
+    """
+    if not run_dir.exists():
+        return
+    for note in run_dir.rglob(".*.lock"):
+        with holding(note.with_name(note.name[1:].removesuffix(".lock"))):
+            pass
+    try:
+        print(f"{run_dir} is moved aside to {set_aside(run_dir)}")
+    except OSError as error:
+        raise _refused(run_dir, error) from error
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold the right to make an artefact; what a killed maker left half-written is removed.
+
+    Raises ArtefactError where another process holds it, saying which one, since when and what to do, or where the disk
+    refuses.
+    """
+    holder = folder.with_name(f".{folder.name}.holder")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=WAIT_SECONDS)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ArtefactError(
+            f"{folder} is being made by {_who(holder)}: wait until it is done and run this again, or use another "
+            "--runs-dir"
+        ) from None
+    except OSError as error:
+        raise _refused(folder, error) from error
+    try:
+        remove_halves(folder)
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        with suppress(OSError):  # a note for people: the lock works without it
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}), since {since}")
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def _who(holder: Path) -> str:
+    try:
+        return holder.read_text()
+    except (OSError, ValueError):
+        return "another process"
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove what a killed process left of `writing` this folder; only its one maker may call this."""
+    for left in folder.parent.glob(f".{folder.name}-????????"):  # as tempfile names it
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _refused(path: Path, error: OSError) -> ArtefactError:
+    return ArtefactError(f"cannot write {path}: {error.strerror or error}; free space or use another --runs-dir")
+
+
 @contextmanager
 def writing(folder: Path, made_from: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[Path]:
     """Write an artefact: yields a temporary folder to fill; on success it becomes `folder`, with its manifest.
@@ -73,7 +145,7 @@ def writing(folder: Path, made_from: Mapping[str, Any], about: Mapping[str, Any]
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         hashes = {p.relative_to(temporary).as_posix(): file_hash(p) for p in files}
         manifest = {"made_from": dict(made_from), "about": dict(about), "files": hashes}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_bytes(_sealed(manifest))
         for path in (*files, temporary / MANIFEST, temporary):
             _flush(path)
         if folder.exists():
@@ -81,12 +153,19 @@ def writing(folder: Path, made_from: Mapping[str, Any], about: Mapping[str, Any]
         os.replace(temporary, folder)
         _flush(folder.parent)
     except OSError as error:
-        raise ArtefactError(
-            f"cannot write {folder}: {error.strerror or error}; free space or use --runs-dir"
-        ) from error
+        raise _refused(folder, error) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as JSON whose last key is the sha256 of all bytes before it."""
+    return _with_seal(json.dumps(manifest, indent=1).removesuffix("\n}").encode())
+
+
+def _with_seal(body: bytes) -> bytes:
+    return body + b',\n "sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,7 +177,7 @@ def write_text(path: Path, text: str) -> None:
         _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; free space or use --runs-dir") from error
+        raise _refused(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -107,18 +186,28 @@ def write_text(path: Path, text: str) -> None:
 def load_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a complete, undamaged artefact; None where there is no artefact.
 
-    Raises ArtefactError naming the file that is missing, or whose content is not what was written.
+    It is read as JSON: nothing in it is imported, evaluated, or followed out of the folder. Raises ArtefactError naming
+    the file that is missing, or whose content is not what was written.
     """
     path = folder / MANIFEST
     if not folder.exists():
         return None
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        expected = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} is missing or damaged ({type(error).__name__})") from error
+        raw = path.read_bytes()
+        if raw != _with_seal(raw.rpartition(b',\n "sha256": "')[0]):
+            raise ArtefactError(f"{path} is damaged: its last line is not the sha256 of the rest")
+        manifest: dict[str, Any] = json.loads(raw)
+        expected = {str(name): str(digest) for name, digest in manifest["files"].items()}
+        if not isinstance(manifest["made_from"], dict) or not isinstance(manifest["about"], dict):
+            raise TypeError
+    except OSError as error:
+        raise ArtefactError(f"{path} is missing or cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtefactError(f"{path} is no manifest of this course ({type(error).__name__})") from error
     for name, digest in expected.items():
         file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ArtefactError(f"{path} names {name!r}, which lies outside its folder")
         if not file.is_file():
             raise ArtefactError(f"{file} is missing")
         if file_hash(file) != digest:
@@ -126,8 +215,20 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ between two `made_from` records, as "key: old → new"."""
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two `made_from` records differ, as "key: old → new", inner keys as "plan.epochs"."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(new)))
-    keys = sorted({*old, *plain})
-    return [f"{k}: {old.get(k)!r} → {plain.get(k)!r}" for k in keys if old.get(k) != plain.get(k)]
+    changes: list[str] = []
+    for key in sorted({*old, *plain}):
+        before, after = old.get(key), plain.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {_short(before)} → {_short(after)}")
+    return changes
+
+
+def _short(value: Any) -> str:
+    """A value as a person reads it: a hash by its first digits."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

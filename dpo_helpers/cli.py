@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -13,8 +14,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from . import parallel
+from .checkpoints import start_over
 from .errors import CourseError
 from .settings import PROFILES, Settings, load_settings, parse_value
+from .untrusted import one_line
 
 app = typer.Typer(
     help="Direct Preference Optimization by doing it: the steps of the course, headless.",
@@ -43,18 +46,35 @@ def _show(value: object) -> str:
     return "-" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def step(run: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that takes every setting as an option; `run` gets the Settings and its own options.
+FRESH = inspect.Parameter(
+    "fresh", inspect.Parameter.KEYWORD_ONLY, default=False,
+    annotation=Annotated[bool, typer.Option("--fresh", help="start over: the earlier run is moved aside, not deleted")],
+)  # fmt: skip
 
-    A CourseError becomes one line on standard error and exit status 2.
-    """
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A CourseError becomes one line on standard error and status 2; Ctrl-C and SIGTERM one line and 128 + signal."""
+    try:
+        yield
+    except CourseError as error:
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt as stop:
+        typer.echo("\n" + (str(stop) or "interrupted: finished steps are kept; run the same again to go on"), err=True)
+        raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+
+
+def step(run: Callable[..., None]) -> Callable[..., None]:
+    """Register a command that takes every setting as an option; `run` gets the Settings and its own options."""
     parameters = inspect.signature(run, eval_str=True).parameters.values()
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
-    options = [_option(f.name, str(f.type), f.metadata["help"]) for f in fields(Settings)]
+    options = [FRESH, *(_option(f.name, str(f.type), f.metadata["help"]) for f in fields(Settings))]
 
     def _command(**given: Any) -> None:
         own_values = {p.name: given.pop(p.name) for p in own}
-        try:
+        fresh = given.pop("fresh")
+        with _plain_errors():
             overrides = {
                 name: parse_value(name, value) if isinstance(value, str) else value
                 for name, value in given.items()
@@ -62,10 +82,10 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
             }
             # the command line beats DPO_PROFILE, which is this option's default
             os.environ["DPO_PROFILE"] = given["profile"]
-            run(load_settings(given["profile"], **overrides), **own_values)
-        except CourseError as error:
-            typer.echo("error: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(2) from None
+            settings = load_settings(given["profile"], **overrides)
+            if fresh and parallel.is_main():
+                start_over(settings.run_dir)
+            run(settings, **own_values)
 
     _command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
     app.command(run.__name__.rstrip("_").replace("_", "-"), help=inspect.getdoc(run))(_command)
@@ -74,7 +94,7 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
 
 def _say_stage(stage: Any) -> None:
     if parallel.is_main():
-        print(f"{stage.name}: {stage.folder}")
+        print(one_line(f"{stage.name}: {stage.folder}"))
 
 
 @step
@@ -84,10 +104,11 @@ def data(settings: Settings) -> None:
 
     found = get_data(settings)
     if parallel.is_main():
-        print(
+        facts = (
             f"data: {found.pairs.source}: {len(found.train)} training and {len(found.held_out)} held-out pairs, "
             f"{len(found.pairs.dropped)} rows dropped ({settings.run_dir / 'data'})"
         )
+        print(one_line(facts))
 
 
 @step
@@ -135,7 +156,7 @@ def generate(settings: Settings) -> None:
         if "/" not in name:
             for response in responses:
                 show_text(f"[{name}]{response.prompt.splitlines()[-3]}", response.text)
-    print(f"final model: {get_final_model(settings)}")
+    print(one_line(f"final model: {get_final_model(settings)}"))
 
 
 @step
@@ -144,7 +165,7 @@ def report(settings: Settings) -> None:
     from .report import make_report
 
     parallel.require_one("report")
-    print(f"report: {make_report(settings)}")
+    print(one_line(f"report: {make_report(settings)}"))
 
 
 @step
@@ -179,19 +200,25 @@ def doctor(
     run: Annotated[Optional[Path], typer.Argument(help="a run of the course, or a TRL output folder")] = None,  # noqa: UP045
 ) -> None:
     """Say which of fifteen known pains a run shows; without RUN, make each of them happen in a small experiment."""
-    from .display import visible
     from .doctor import describe, examine, read_run
     from .pains import PAINS
 
-    try:
+    with _plain_errors():
         if run is not None:
-            print(visible(describe(examine(read_run(run)))))
+            print(describe(examine(read_run(run))))
         else:
             for pain in PAINS:
                 print(f"{pain.number:2d}. {pain.symptom} ({pain.seen_in})\n    {pain.run()}\n    do: {pain.remedy}")
-    except CourseError as error:
-        typer.echo("error: " + " ".join(str(error).split()), err=True)
-        raise typer.Exit(2) from None
+
+
+@app.command()
+def versions() -> None:
+    """Compare the installed packages with the oldest versions that are safe and work; status 2 if one is older."""
+    from .supply import check_versions
+
+    with _plain_errors():
+        for row in check_versions():
+            print(f"{row.package:18s} {row.installed!s:12s} wanted {row.wanted}")
 
 
 @app.command("build-mini")
@@ -205,9 +232,5 @@ def build_mini_command(
 
 
 def main() -> None:
-    """Entry point; Ctrl-C ends with status 130 and no traceback."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished steps are kept; run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+    """Entry point."""
+    app()

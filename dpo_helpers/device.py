@@ -44,7 +44,7 @@ class Compute:
 
 
 def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
-    """The device and precision for settings "auto" or a name; raises SettingsError for one that is not there.
+    """The device and precision for settings "auto" or a name such as "cuda:1"; SettingsError if that is not there.
 
     auto device: cuda, else mps, else cpu. auto precision on cuda: bf16 where the chip computes in it natively
     (compute capability 8 and later; torch's is_bf16_supported also answers yes for emulation), else fp16 with
@@ -52,14 +52,18 @@ def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device is 'cuda', but torch sees no CUDA GPU: use --device cpu, or auto")
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"device is {device!r}, but torch sees no CUDA GPU: use --device cpu, or auto")
+    if number and int(number) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{n}" for n in range(torch.cuda.device_count()))
+        raise SettingsError(f"device is {device!r}, but torch sees only {there}: use one of these, or auto")
     if device == "mps" and not torch.backends.mps.is_available():
         raise SettingsError("device is 'mps', but this machine has none: use --device cpu, or auto")
-    native_bf16 = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    native_bf16 = kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "auto":
-        precision = ("bf16" if native_bf16 else "fp16") if device == "cuda" else "fp32"
-    if precision == "fp16" and device != "cuda":
+        precision = ("bf16" if native_bf16 else "fp16") if kind == "cuda" else "fp32"
+    if precision == "fp16" and kind != "cuda":
         raise SettingsError(f"precision is 'fp16', but {device} has no fp16 training: use --precision fp32, or auto")
     return Compute(parallel.local_device(device), precision)
 

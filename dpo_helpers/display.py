@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,34 +10,30 @@ from IPython.display import HTML, display
 
 from .generation import Response
 from .tokens import EncodedPair, TokenizerLike
-
-
-def visible(text: str) -> str:
-    """The text with control and format characters (newlines apart) written out, so that none takes effect."""
-
-    def show(char: str) -> str:
-        if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co"):
-            return char
-        return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
-
-    return "".join(map(show, text))
+from .untrusted import one_line, visible
 
 
 def show_text(title: str, text: str) -> None:
     """Print a text under a title, indented, as it is."""
-    print(f"{title}:")
+    print(f"{one_line(title)}:")
     for line in visible(text).strip("\n").split("\n"):
         print(f"    {line}")
 
 
 def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table as HTML, every cell escaped; line breaks in cells are kept. Numbers get three decimals at most."""
+    """A table as HTML, every cell escaped; line breaks in cells are kept. Numbers get three decimals at most.
+
+    The classes keep MathJax, which JupyterLab and nbconvert run over a page, from reading $…$ in a cell as a formula:
+    besides mangling prices, a formula can be a link to a script.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{html.escape(visible(column))}</th>" for column in columns)
+    head = "".join(f"<th>{html.escape(visible(str(column)))}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{_cell(row.get(column, ''))}</td>" for column in columns) + "</tr>" for row in rows
     )
-    return f'<table class="dpo"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return (
+        f'<table class="dpo mathjax_ignore tex2jax_ignore"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
 def _cell(value: Any) -> str:
@@ -48,7 +43,8 @@ def _cell(value: Any) -> str:
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Display rows as a table: a column for each key, text to the left."""
-    style = "<style>table.dpo td, table.dpo th {text-align: left; vertical-align: top}</style>"
+    cells = "table.dpo.mathjax_ignore"  # two classes: JupyterLab's own rule, text to the right, has two
+    style = f"<style>{cells} td, {cells} th {{text-align: left; vertical-align: top}}</style>"
     display(HTML(style + html_table(rows)))  # type: ignore[no-untyped-call]
 
 

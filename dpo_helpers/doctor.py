@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from .checkpoints import MANIFEST
-from .errors import ArtefactError
+from .errors import ArtefactError, CourseError
 from .evaluation import PairScores, longer_wins, pair_values
 from .pains import LN_2, PAINS, Pain
 from .runs import LOGPROBS, METRICS, load_scores, read_jsonl
 from .uncertainty import bootstrap_mean
+from .untrusted import one_line
 
 TRL_NAMES = {
     "rewards/chosen": "chosen_reward",
@@ -75,7 +76,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is not JSON ({error}); is the run still being written?") from error
     return found if isinstance(found, dict) else {}
 
@@ -83,8 +84,18 @@ def _json(path: Path) -> dict[str, Any]:
 def read_run(folder: Path) -> Run:
     """Read a run of the course (its main DPO stage), one stage of it, or a TRL output folder.
 
-    Raises ArtefactError where the folder holds neither.
+    Raises ArtefactError where the folder holds neither, or files that are not what such a run writes: it can be
+    anybody's, so nothing is expected of them.
     """
+    try:
+        return _read_run(folder)
+    except CourseError:
+        raise
+    except Exception as error:  # whatever a strange file leads to
+        raise ArtefactError(f"{folder} does not read as a run ({type(error).__name__}: {error})") from error
+
+
+def _read_run(folder: Path) -> Run:
     if (folder / "dpo" / METRICS).is_file():
         return _read_stage(folder / "dpo", folder)
     if (folder / METRICS).is_file():
@@ -174,7 +185,8 @@ def _start(run: Run) -> tuple[bool, str] | None:
 
 
 def _reference(run: Run) -> tuple[bool, str] | None:
-    start, reference = run.made_from.get("start"), run.reference_about.get("weights_sha256")
+    start = run.made_from.get("reference") or run.made_from.get("reference")  # so called in older runs
+    reference = run.reference_about.get("weights_sha256")
     if not start or not reference or run.about.get("settings", {}).get("init_from") == "sft":
         return None
     return start != reference, f"the policy started from {start[:12]}, the reference's weights are {reference[:12]}"
@@ -289,22 +301,28 @@ def examine(run: Run) -> list[Finding]:
     findings = []
     for pain in PAINS:
         sign, missing = SIGNS[pain.number]
-        found = sign(run)
+        try:
+            found = sign(run)
+        except Exception as error:  # see read_run
+            found, missing = None, f"its files hold no such numbers ({type(error).__name__}: {error})"
         verdict = "cannot tell" if found is None else "applies" if found[0] else "no sign"
         findings.append(Finding(pain, verdict, missing if found is None else found[1]))
     return findings
 
 
 def describe(findings: list[Finding]) -> str:
-    """The findings as text: what applies first, with cause and remedy, then the rest, a line each."""
+    """The findings as text: what applies first, with cause and remedy, then the rest, a line each.
+
+    Evidence may quote the run's files, so it is kept on its line, and what would act in a terminal is written out.
+    """
     lines = []
     for finding in (f for f in findings if f.verdict == "applies"):
         pain = finding.pain
-        lines += [f"APPLIES  {pain.number:2d}. {pain.symptom}: {finding.evidence}"]
+        lines += [f"APPLIES  {pain.number:2d}. {pain.symptom}: {one_line(finding.evidence)}"]
         lines += [f"             why: {pain.cause}", f"             do:  {pain.remedy}"]
     for verdict in ("no sign", "cannot tell"):
         lines += [
-            f"{verdict:11s} {f.pain.number:2d}. {f.pain.symptom}: {f.evidence}"
+            f"{verdict:11s} {f.pain.number:2d}. {f.pain.symptom}: {one_line(f.evidence)}"
             for f in findings
             if f.verdict == verdict
         ]

@@ -27,9 +27,10 @@ from .flat import FlatBatch, flatten, tokens_of
 from .logprobs import head_logprobs
 from .models import blocks, frozen_part
 from .store import TrunkStore
-from .tokens import EncodedPair
+from .tokens import EncodedPair, by_length
 
 BUDGET = 4e9  # bytes kept of the frozen blocks' output
+GROUP = 8  # pairs that meet the frozen blocks together
 
 
 class FastPath:
@@ -50,6 +51,25 @@ class FastPath:
         self.store = TrunkStore(
             kept, model.config.hidden_size, model.device, dtype=model.dtype, budget=budget, folder=folder
         )
+        self.groups = self._groups()
+
+    def _groups(self) -> dict[int, list[int]]:
+        """Of each pair that is kept, the pairs of like length that are computed with it, whichever of them comes first.
+
+        A matrix product rounds a row by what else is in the matrix. With fixed groups a pair's kept output does not
+        depend on what ran before, so that a resumed training goes on bit for bit. Where the store is too small, the
+        longest pairs have precedence; the others are computed with those of their batch each time.
+        """
+        order = by_length(self.pairs)[::-1]
+        groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
+        kept: dict[int, list[int]] = {}
+        room = self.store.capacity
+        for group in groups:
+            tokens = sum(tokens_of(self.pairs[i]) for i in group)
+            if tokens <= room:
+                room -= tokens
+                kept |= dict.fromkeys(group, group)
+        return kept
 
     def pair_logprobs(self, model: Any, at: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(log p(chosen | prompt), log p(rejected | prompt)) of the pairs at these positions, each [B], float32.
@@ -94,22 +114,28 @@ class FastPath:
         """Output of the frozen blocks for a batch, [N, d]: from the store, or computed and kept if there is room."""
         if not frozen:
             return parts.embed(batch.ids, batch.positions)
-        fresh: dict[int, Tensor] = {}
         missing = [i for i in dict.fromkeys(at) if not self.store.has(i)]
-        if missing:
-            whole = flatten([self.pairs[i] for i in missing]).to(self.device)
-            x = parts.embed(whole.ids, whole.positions)
-            for block in frozen:
-                x = run_block(parts, block, x, whole)
-            whole_pairs = torch.split(x, [tokens_of(self.pairs[i]) for i in missing])
-            fresh = dict(zip(missing, whole_pairs, strict=True))
-            for i, rows in fresh.items():
-                self.store.put(i, rows)
+        for i in missing:
+            if i in self.groups and not self.store.has(i):
+                for j, rows in self._run_frozen(parts, frozen, self.groups[i]).items():
+                    self.store.put(j, rows)
+        fresh = self._run_frozen(parts, frozen, [i for i in missing if i not in self.groups])
         lengths = [tokens_of(p) - (len(p.rejected) - 1) * chosen_only for p in (self.pairs[i] for i in at)]
         found = [fresh[i][:n] if i in fresh else self.store.get(i, n) for i, n in zip(at, lengths, strict=True)]
         x = torch.cat(found)
         self.store.release()
         return x
+
+    def _run_frozen(self, parts: Architecture, frozen: Sequence[Any], at: Sequence[int]) -> dict[int, Tensor]:
+        """Output of the frozen blocks for these pairs, computed together: [tokens of the pair, d] each."""
+        if not at:
+            return {}
+        pairs = [self.pairs[i] for i in at]
+        batch = flatten(pairs).to(self.device)
+        x = parts.embed(batch.ids, batch.positions)
+        for block in frozen:
+            x = run_block(parts, block, x, batch)
+        return dict(zip(at, torch.split(x, list(map(tokens_of, pairs))), strict=True))
 
 
 def run_block(parts: Architecture, block: Any, x: Tensor, batch: FlatBatch, only: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .device import Compute
 from .engine import FastPath
+from .errors import TrainingError
 from .generation import Response, distinct_n, ends_in_a_loop, repeated_share, sample
 from .kl import sequence_kl
 from .logprobs import pair_logprobs
@@ -63,7 +64,8 @@ def score_pairs(
 ) -> PairScores:
     """Log-probabilities of all pairs, in their order. Pairs of like length share a batch, to pad little.
 
-    fast: a fast path whose first pairs these are; without one the plain version is run.
+    fast: a fast path whose first pairs these are; without one the plain version is run. Raises TrainingError, naming
+    rows, where a log-probability is not finite.
     """
     order = by_length(pairs)
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
@@ -77,6 +79,13 @@ def score_pairs(
                 batch = collate([pairs[i] for i in at], pad_id).to(compute.device)
                 of_chosen, of_rejected = pair_logprobs(model, batch)
         chosen[at], rejected[at] = of_chosen.float().cpu(), of_rejected.float().cpu()
+    wrong = ~(chosen.isfinite() & rejected.isfinite())
+    if wrong.any():
+        rows = ", ".join(str(pairs[i].index) for i in wrong.nonzero().flatten().tolist()[:10])
+        raise TrainingError(
+            f"{name or 'scoring'}: {int(wrong.sum())} of {len(pairs)} pairs have log-probabilities that are not finite "
+            f"(rows {rows}): the model's weights are not finite, or use --precision fp32"
+        )
     lengths = (torch.tensor([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen", "rejected"))
     return PairScores(chosen, rejected, *lengths)
 

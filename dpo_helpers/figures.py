@@ -17,6 +17,7 @@ from . import study
 from .evaluation import Evaluation
 from .tabular import TabularWorld
 from .training import MetricsRow
+from .untrusted import one_line
 
 COLOURS = sns.color_palette("colorblind")
 MODEL_COLOUR = {"reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0]}
@@ -25,6 +26,7 @@ MODEL_MARKER = {"reference": "o", "sft": "s", "dpo": "D"}
 
 def _new(columns: int = 1, rows: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     sns.set_theme(style="whitegrid", palette="colorblind", rc={
+        "text.usetex": False,  # whatever the reader's configuration says: labels are not for LaTeX
         "figure.facecolor": "white", "savefig.facecolor": "white", "savefig.transparent": False,
         "axes.titlesize": "medium", "legend.frameon": True,
     })  # fmt: skip
@@ -32,8 +34,15 @@ def _new(columns: int = 1, rows: int = 1, width: float = 4.6, height: float = 3.
     return figure, list(axes.flat)
 
 
+def _label(name: str) -> str:
+    """A name of data or of a model as a label, shortened: matplotlib would read $…$ in it as a formula."""
+    text = one_line(name)
+    return (text if len(text) <= 40 else text[:39] + "…").replace("$", r"\$")
+
+
 def _finish(figure: Figure, folder: Path | None, name: str, summary: str) -> str:
     """Save the figure as folder/name.png (nowhere without a folder), show it, print its summary."""
+    summary = one_line(summary)
     figure.tight_layout()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +58,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], folder: Path | None = Non
     """Histograms of token lengths, by name ("prompt", "chosen", "rejected")."""
     figure, (axis,) = _new(width=6)
     for colour, (name, values) in zip(COLOURS, lengths.items(), strict=False):
-        sns.histplot(x=list(values), ax=axis, label=name, color=colour, element="step", alpha=0.25, bins=30)
+        sns.histplot(x=list(values), ax=axis, label=_label(name), color=colour, element="step", alpha=0.25, bins=30)
     axis.set(xlabel="tokens", ylabel="pairs", title="Lengths of the training pairs")
     axis.legend()
     means = ", ".join(f"{name} {np.mean(list(values)):.0f}" for name, values in lengths.items())
@@ -111,7 +120,7 @@ def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0
 
 def _baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
     for style, (name, value) in zip((":", "--", "-."), baselines.items(), strict=False):
-        axis.axhline(value, color="grey", ls=style, lw=1.2, label=f"{name}: {value:.2f}")
+        axis.axhline(value, color="grey", ls=style, lw=1.2, label=f"{_label(name)}: {value:.2f}")
 
 
 def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder: Path | None = None) -> str:
@@ -142,7 +151,7 @@ def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder:
 def _point(axis: Axes, evaluation: Evaluation, key: str, label: str, colour: Any, marker: str) -> None:
     m = evaluation.metrics
     axis.errorbar(
-        m["kl"], m[key], xerr=m["kl_se"], yerr=m[f"{key}_se"], label=label, color=colour, marker=marker, ms=8,
+        m["kl"], m[key], xerr=m["kl_se"], yerr=m[f"{key}_se"], label=_label(label), color=colour, marker=marker, ms=8,
         capsize=3, ls="none",
     )  # fmt: skip
 
@@ -216,7 +225,7 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
 
 def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str, colour: Any) -> None:
     x, y = [0.0, *(row["kl"] for row in points)], [start, *(row[key] for row in points)]
-    axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=name)
+    axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=_label(name))
     last = points[-1]
     axis.errorbar(
         last["kl"], last[key], xerr=last["kl_se"], yerr=last[f"{key}_se"], color=colour, marker="D", ms=7, capsize=3
@@ -278,7 +287,7 @@ def plot_tabular(
     x = np.arange(len(order))
     left.bar(x, world.reference[order].numpy(), color="lightgrey", label="π_ref")
     for colour, marker, (name, policy) in zip(COLOURS, "ox+s^", policies.items(), strict=False):
-        left.plot(x, policy[order].numpy(), color=colour, marker=marker, ls="none", label=name)
+        left.plot(x, policy[order].numpy(), color=colour, marker=marker, ls="none", label=_label(name))
     left.set(xlabel="response, best first", ylabel="probability", title="Where the losses end", xticks=x[::2])
     n, gap = np.array(list(gaps)), np.array(list(gaps.values()))
     right.plot(n, gap, color=COLOURS[0], marker="o", label="DPO")
@@ -300,7 +309,8 @@ def plot_text_measures(evaluations: Mapping[str, Evaluation], folder: Path | Non
     for axis, (key, title) in zip(axes, keys.items(), strict=True):
         values = [evaluations[n].metrics[key] for n in names]
         errors = [evaluations[n].metrics.get(f"{key}_se", float("nan")) for n in names]
-        axis.bar(names, values, yerr=errors, color=[MODEL_COLOUR.get(n, COLOURS[0]) for n in names], capsize=3)
+        colours = [MODEL_COLOUR.get(n, COLOURS[0]) for n in names]
+        axis.bar(list(map(_label, names)), values, yerr=errors, color=colours, capsize=3)
         axis.set(title=title)
         axis.tick_params(axis="x", rotation=30)
     lengths = ", ".join(f"{n} {evaluations[n].metrics['length']:.0f}" for n in names)

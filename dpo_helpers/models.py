@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from . import mini
@@ -35,20 +40,25 @@ def _location(settings: Settings) -> Iterator[dict[str, Any]]:
     """Arguments of from_pretrained for the settings' model: what to load, from where, pinned."""
     name = settings.model
     path = Path(name)
+    suffix = path.suffix.lower()
     if name == EMBEDDED:
         with as_file(files("dpo_helpers").joinpath("mini/model")) as folder:
             yield {"pretrained_model_name_or_path": str(folder)}
-    elif path.suffix == ".gguf":
+    elif suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path}: no such file; give --model an existing .gguf file")
         try:
             import gguf  # noqa: F401  # transformers reads GGUF through it
         except ModuleNotFoundError as error:
             raise ModelError("a .gguf model needs the gguf package: pip install 'dpo-helpers[gguf]'") from error
+        _check_no_adapter(path.parent)
         yield {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif path.is_dir():
+    elif os.path.isdir(name):
         _check_folder(path)
         yield {"pretrained_model_name_or_path": str(path)}
+    elif os.path.isfile(name) or suffix in UNSAFE:
+        why = "holds pickled weights, which can run code when opened" if suffix in UNSAFE else "is no model file"
+        raise ModelError(f"{path} {why}: give --model a folder with model.safetensors and config.json, or a .gguf file")
     else:
         yield {
             "pretrained_model_name_or_path": name,
@@ -56,10 +66,33 @@ def _location(settings: Settings) -> Iterator[dict[str, Any]]:
         }
 
 
+def _check_cached(name: str, revision: str) -> None:
+    """ModelError naming the file, if weights in the Hub's cache are not what was downloaded.
+
+    The cache names a large file by the sha256 of its content, and nothing else would notice a flipped bit.
+    """
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    for file in Path(config).parent.glob("*.safetensors") if isinstance(config, str) else []:
+        blob = file.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_hash(blob) != blob.name:
+            raise ModelError(
+                f"{blob} in the Hub's cache is damaged (its name is its sha256): delete it and run this again"
+            )
+
+
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds adapter_config.json, which names another model to be fetched: merge the adapter into that "
+            "model first, or move it elsewhere"
+        )
+
+
 def _check_folder(path: Path) -> None:
+    _check_no_adapter(path)
     if any(path.glob("*.safetensors")):
         return
-    unsafe = [p.name for p in path.iterdir() if p.suffix in UNSAFE]
+    unsafe = sorted(p.name for p in path.iterdir() if p.suffix.lower() in UNSAFE)
     if unsafe:
         raise ModelError(f"{path} holds {unsafe[0]}, which can run code when opened: convert it to safetensors first")
     raise ModelError(f"{path} holds no weights: it needs model.safetensors beside config.json")
@@ -67,6 +100,31 @@ def _check_folder(path: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+@contextmanager
+def _nothing_pickled() -> Iterator[None]:
+    """Within, torch.load refuses: transformers would call it for a .bin file that an index of safetensors names."""
+
+    def _refuse(file: object, *_: object, **__: object) -> NoReturn:
+        raise ModelError(f"{file} is pickled, which can run code when opened, and is refused: convert it first")
+
+    with patch.object(torch, "load", _refuse):
+        yield
+
+
+def _config(where: dict[str, Any]) -> Any:
+    """The model's configuration without the names in it that transformers would follow to other weights or to code.
+
+    They are a file of weights to take (which may be a pickled one) and kernels to fetch from the Hub.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(**where, trust_remote_code=False)  # revision: in `where`
+    config._attn_implementation = config._experts_implementation = None  # transformers' own choice
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights
+    return config
 
 
 def load_model(settings: Settings) -> Any:
@@ -79,12 +137,17 @@ def load_model(settings: Settings) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _location(settings) as where:
-        if "gguf_file" not in where:
-            where["use_safetensors"] = True
+    with _location(settings) as where, _nothing_pickled():
+        safe = {} if "gguf_file" in where else {"use_safetensors": True}
         try:
+            if "revision" in where:
+                _check_cached(where["pretrained_model_name_or_path"], where["revision"])
             # revision: in `where`, a commit, for a Hub model
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False
+            )
+        except ModelError:
+            raise
         except Exception as error:  # from_pretrained has no common base for what can go wrong
             raise ModelError(
                 f"cannot load model {settings.model!r} ({_first_line(error)}); check --model, the network and "
@@ -116,7 +179,18 @@ def load_tokenizer(settings: Settings) -> Any:
         raise ModelError(
             f"the tokenizer of {settings.model!r} has no end-of-text token, which a response must end with"
         )
+    # "<|endoftext|>" in a text is text: taken for the token, a row of the data could end responses where it likes
+    tokenizer.split_special_tokens = True
     return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides a tokenizer's ids: its whole definition, or vocabulary and class where it has none."""
+    if getattr(tokenizer, "is_fast", False):
+        definition = tokenizer.backend_tokenizer.to_str()
+    else:
+        definition = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {definition}".encode()).hexdigest()
 
 
 def load_saved(folder: Path) -> Any:
@@ -125,7 +199,11 @@ def load_saved(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    with _nothing_pickled():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+        )
+    return model.eval()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -179,17 +257,18 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     path = Path(settings.model)
     if settings.model == EMBEDDED:
         return {"name": EMBEDDED, "sha256": mini.fingerprint()}
-    if path.is_file():
+    if os.path.isfile(path):
         return {"name": path.name, "sha256": file_hash(path)}
-    if path.is_dir():
+    if os.path.isdir(path):
         _check_folder(path)
-        return {"name": path.name, "sha256": [file_hash(p) for p in sorted(path.glob("*.safetensors"))]}
+        files = sorted([*path.glob("*.safetensors"), *path.glob("config.json")])
+        return {"name": path.name, "sha256": {file.name: file_hash(file) for file in files}}
     return {"name": settings.model, "revision": settings.model_revision}
 
 
 def model_commit(settings: Settings) -> str | None:
     """The commit that `load_model` loads from the Hub; None for a model that is not from there."""
-    if settings.model == EMBEDDED or Path(settings.model).exists():
+    if settings.model == EMBEDDED or os.path.exists(settings.model):
         return None
     return resolve_revision(settings.model, settings.model_revision, "model")
 

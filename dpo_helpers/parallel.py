@@ -57,6 +57,8 @@ def local_device(kind: str) -> torch.device:
     """The device of this process: with several on one machine's GPUs, the one of its local number."""
     import torch
 
+    if processes() > 1 and kind.startswith("cuda:"):
+        raise SettingsError(f"device is {kind!r}, but {processes()} processes cannot share it: use --device cuda")
     number = int(os.environ["LOCAL_RANK"]) if processes() > 1 and kind == "cuda" else None
     return torch.device(kind) if number is None else torch.device(kind, number)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import jinja2
 import jsonschema
+from markupsafe import Markup
 
 from . import figures
 from .checkpoints import write_text
-from .display import visible
 from .errors import ArtefactError
 from .evaluation import Evaluation
 from .generation import Response
@@ -37,6 +37,7 @@ from .steps import (
     get_values,
 )
 from .uncertainty import bootstrap_mean
+from .untrusted import visible
 
 COLUMNS = {
     "true_reward": "true reward",
@@ -160,9 +161,14 @@ def _generation_rows(generations: dict[str, list[Response]]) -> list[dict[str, A
     models = [name for name in generations if "/" not in name]
     prompts = [r.prompt for r in generations[models[0]]]
     return [
-        {"prompt": visible(p).strip(), "answers": [visible(generations[m][i].text).strip() for m in models]}
+        {"prompt": p.strip(), "answers": [generations[m][i].text.strip() for m in models]}
         for i, p in enumerate(prompts)
     ]
+
+
+def _show(value: object) -> str:
+    """What the template does to every value before it escapes it; what a macro has made is escaped already."""
+    return value if isinstance(value, Markup) else visible(str(value))
 
 
 def make_report(settings: Settings) -> Path:
@@ -180,7 +186,7 @@ def make_report(settings: Settings) -> Path:
         for name, summary in summaries.items()
     ]
     template = files("dpo_helpers").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, finalize=_show, undefined=jinja2.StrictUndefined)
     page = environment.from_string(template).render(
         about=results["about"], data=results["data"], images=images, sweep=_table(
             {f"β = {name}": record for name, record in results["sweep"].items()}

@@ -12,11 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from safetensors.torch import load_file
 
 from . import parallel
-from .checkpoints import changed_keys, load_manifest, writing
+from .checkpoints import changed_keys, holding, load_manifest, writing
 from .device import Compute, peak_memory_gb, pick_compute
 from .errors import ArtefactError
 from .evaluation import PairScores
@@ -24,7 +23,7 @@ from .models import load_saved
 from .settings import Settings, as_dict
 from .training import MetricsRow
 
-FORMAT = 2  # of what the files of an artefact hold; an artefact of another format is made anew
+FORMAT = 3  # of what the files of an artefact hold; an artefact of another format is made anew
 METRICS = "metrics.jsonl"
 LOGPROBS = "logprobs.safetensors"
 
@@ -121,27 +120,33 @@ def artefact(
         parallel.agreed(False)
         return folder
     made_from = json.loads(json.dumps({"format": FORMAT, **made_from}))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtefactError(f"cannot write {folder.parent}: {error.strerror}; use another --runs-dir") from error
-    with FileLock(folder.parent / f".{folder.name}.lock"):
-        try:
-            manifest = load_manifest(folder)
-            if manifest and manifest["made_from"] == made_from:
-                parallel.agreed(False)
+    if not _is_made(folder, made_from):
+        with holding(folder):
+            if not _is_made(folder, made_from, why=name):  # another process may have made it just now
+                parallel.agreed(True)
+                facts: dict[str, Any] = {}  # filled while the folder is written, put into the manifest at its end
+                started = time.perf_counter()
+                with writing(folder, made_from, facts) as temporary:
+                    facts.update(make(temporary))
+                    facts.update(about(settings), seconds=round(time.perf_counter() - started, 1))
                 parallel.agreed(True)
                 return folder
-            if manifest:
-                changes = "; ".join(changed_keys(manifest["made_from"], made_from))
-                print(f"{name}: made anew, the earlier one is set aside ({changes})")
-        except ArtefactError as error:
-            print(f"{name}: {error}; made anew, what is left is set aside")
-        parallel.agreed(True)
-        facts: dict[str, Any] = {}  # filled while the folder is written, put into the manifest at its end
-        started = time.perf_counter()
-        with writing(folder, made_from, facts) as temporary:
-            facts.update(make(temporary))
-            facts.update(about(settings), seconds=round(time.perf_counter() - started, 1))
+    parallel.agreed(False)
     parallel.agreed(True)
     return folder
+
+
+def _is_made(folder: Path, made_from: Mapping[str, Any], why: str = "") -> bool:
+    """Whether a whole artefact made from the same is there; why: its name, to print what is wrong with another one."""
+    try:
+        manifest = load_manifest(folder)
+    except ArtefactError as error:
+        if why:
+            print(f"{why}: {error}; made anew, what is left is set aside")
+        return False
+    if manifest is None:
+        return False
+    changes = changed_keys(manifest["made_from"], made_from)
+    if changes and why:
+        print(f"{why}: made anew, the earlier one is set aside ({'; '.join(changes)})")
+    return not changes

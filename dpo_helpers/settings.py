@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Settings:
     dataset_revision: str | None = _setting(None, "40-hex commit of a Hub data set; looked up if not given")
     max_pairs: int | None = _setting(None, "at most this many training pairs, drawn by seed; all if not given")
     held_out_pairs: int = _setting(480, "pairs kept for evaluation; no prompt is on both sides")
-    max_dropped: float = _setting(0.05, "largest share of unusable rows that is accepted (0 to 1)")
+    allow_dropped: bool = _setting(False, "go on although more than 5 % of the rows cannot be used")
     max_length: int = _setting(256, "tokens of prompt + response at most; EM uses 512")
     max_prompt_length: int = _setting(128, "prompt tokens kept, the last ones, when a pair is too long; EM uses 256")
     freeze_layers: int = _setting(8, "first blocks that are frozen; study: 8 of 12")
@@ -69,8 +70,10 @@ class Settings:
     curve_prompts: int = _setting(40, "prompts on which KL is measured at each point of a training curve")
     curve_points: int = _setting(5, "evaluations during a training, for its curves")
     trunk_gb: float = _setting(4.0, "GB for the frozen blocks' output, on disk or on the GPU; the rest is run anew")
+    save_every: int = _setting(50, "updates between two checkpoints of a training")
+    resume: bool = _setting(True, "go on with an unfinished training; no: set it aside and begin anew")
     seed: int = _setting(0, "seed of everything random")
-    device: str = _setting("auto", "auto, cuda, mps or cpu")
+    device: str = _setting("auto", "auto, cuda, cuda:N, mps or cpu")
     precision: str = _setting("auto", "auto, fp32, bf16 or fp16; auto: bf16 only where the chip has it natively")
     runs_dir: str = _setting("", "where runs are kept; default: runs/ beside the notebooks")
 
@@ -82,7 +85,9 @@ class Settings:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("trunk_gb", _is_number(self.trunk_gb) and self.trunk_gb >= 0, "0 or more")
         self._require("max_pairs", self.max_pairs is None or self.max_pairs > 0, "a positive number")
-        self._require("max_dropped", 0 <= self.max_dropped <= 1, "a share from 0 to 1")
+        self._require(
+            "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), "auto, cpu, mps, cuda or cuda:N"
+        )
         self._require("max_prompt_length", self.max_prompt_length < self.max_length, "less than max_length")
         self._require("betas", bool(self.betas) and all(_is_number(b) and b > 0 for b in self.betas), "positive")
         self._require("frontier_betas", all(_is_number(b) and b > 0 for b in self.frontier_betas), "positive")
@@ -93,7 +98,7 @@ class Settings:
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
 
-    def _require(self, name: str, good: bool, expected: str) -> None:
+    def _require(self, name: str, good: object, expected: str) -> None:
         if not good:
             raise SettingsError(f"{name} is {getattr(self, name)!r}, but must be {expected}")
 
@@ -110,14 +115,13 @@ class Settings:
 _POSITIVE = (
     "held_out_pairs", "max_length", "max_prompt_length", "epochs", "sft_epochs", "batch_size", "micro_batch_size",
     "learning_rate", "sft_learning_rate", "max_grad_norm", "beta", "prompts", "max_new_tokens", "curve_prompts",
-    "curve_points",
+    "curve_points", "save_every",
 )  # fmt: skip
 _CHOICES = {
     "optimizer": ("rmsprop", "adamw"),
     "schedule": ("constant", "linear"),
     "loss_type": LOSS_TYPES,
     "init_from": ("base", "sft"),
-    "device": ("auto", "cuda", "mps", "cpu"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
 
@@ -127,7 +131,7 @@ def _is_number(value: object) -> bool:
 
 
 def _numbers(settings: Settings) -> Settings:
-    return replace(settings, runs_dir="", device="auto", precision="auto", trunk_gb=4.0)
+    return replace(settings, runs_dir="", device="auto", precision="auto", trunk_gb=4.0, save_every=50, resume=True)
 
 
 PROFILES: dict[str, Settings] = {

@@ -2,52 +2,117 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from . import mini
 from .checkpoints import file_hash
 from .errors import DataError
-from .hh import Dropped, Pair, parse_rows
+from .hh import Finding, Pair, RowsError, Unreadable, check_dropped, parse_rows
 from .hub import resolve_revision
 from .settings import EMBEDDED, Settings
+from .tokens import encode_pairs
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+MAX_LINE = 2**24  # bytes of one row in a .jsonl file, unpacked: a longer one is no dialogue
+_HELD_OUT = re.compile(r"(?<![a-z])(test|validation|eval)(?![a-z])")  # in the name of a file
 
 
 @dataclass(frozen=True)
 class PairData:
-    """Pairs to train on and pairs held out (no prompt on both sides), dropped rows, where they came from."""
+    """Pairs to train on, pairs held out (no prompt is on both sides), what was wrong with rows, and the source."""
 
     train: list[Pair]
     held_out: list[Pair]
-    dropped: list[Dropped]
+    findings: list[Finding]
     source: str
 
+    @property
+    def dropped(self) -> list[Finding]:
+        """The rows that cannot be used."""
+        return [finding for finding in self.findings if finding.action == "dropped"]
 
-def _load_file(path: Path) -> Iterable[Mapping[str, object]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
+def read_rows(path: Path) -> Iterator[object]:
+    """The rows of a .jsonl, .jsonl.gz or .parquet file, one at a time; a line that is no JSON is `Unreadable`.
+
+    Nothing is cached, unpacked to disk or run. Raises DataError, naming the file, where it cannot be read to its end.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give --dataset an existing {', '.join(SUFFIXES)} file or a Hub id")
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path} is no {', '.join(SUFFIXES)} file: archives are not unpacked and scripts not run")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: it needs rows with 'chosen' and 'rejected' texts")
-    kind = "parquet" if path.suffix == ".parquet" else "json"
     try:
-        rows: Iterable[Mapping[str, object]] = load_dataset(
-            kind, data_files=str(path), split="train"
-        )  # a local file: there is no revision
-        return rows
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{path} cannot be read as {kind}: {cause}") from error
+        yield from _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # of a damaged gzip or parquet file, or of the disk
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} cannot be read: {first}; get the file again") from error
 
 
-def _load_hub(name: str, revision: str | None) -> tuple[dict[str, Iterable[Mapping[str, object]]], str]:
+def _json_lines(path: Path) -> Iterator[object]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise DataError(f"{path}: line {number} is longer than {MAX_LINE} bytes; is it one row a line?")
+            if line.strip():
+                yield _json_row(line, number)
+
+
+def _json_row(line: bytes, number: int) -> object:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"line {number} cannot be read as JSON ({type(error).__name__})")
+
+
+def _parquet(path: Path) -> Iterator[object]:
+    from datasets import load_dataset
+
+    # a local file, which has no revision; streaming reads it where it lies, without a copy in a cache
+    return iter(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+
+
+def data_files(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split, sorted by name: "test" where a name says test, validation or eval.
+
+    Other files are left alone: archives are not unpacked, scripts not run. Raises DataError where there is no data
+    file, or where one is a link to a place outside the folder.
+    """
+    # a snapshot in the Hub's cache is made of links to ../../blobs
+    root = (folder.parent.parent if folder.parent.name == "snapshots" else folder).resolve()
+    parts: dict[str, list[Path]] = {"train": [], "test": []}
+    for path in sorted(p for p in folder.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()):
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")
+        name = path.relative_to(folder).as_posix().lower()
+        parts["test" if _HELD_OUT.search(name) else "train"].append(path)
+    if not parts["train"]:
+        raise DataError(
+            f"{folder} holds no training data: it needs {', '.join(SUFFIXES)} files; archives are not unpacked and "
+            "scripts not run"
+        )
+    return parts
+
+
+def _load_folder(folder: Path) -> tuple[Iterator[object], Iterator[object] | None]:
+    parts = data_files(folder)
+    train, test = (chain.from_iterable(map(read_rows, parts[split])) for split in ("train", "test"))
+    return train, test if parts["test"] else None
+
+
+def _load_hub(name: str, revision: str | None) -> tuple[dict[str, Iterable[object]], str]:
     from datasets import load_dataset
 
     revision = resolve_revision(name, revision, "dataset")
@@ -56,19 +121,22 @@ def _load_hub(name: str, revision: str | None) -> tuple[dict[str, Iterable[Mappi
     except Exception as error:  # the library raises many kinds; each means that the data cannot be had
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"cannot get data set {name!r} from the Hub ({first}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, "
-            "or use --dataset FILE"
+            f"cannot get data set {name!r} from the Hub or its cache ({first}); check the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE, delete a damaged cache (HF_DATASETS_CACHE), or use --dataset FILE"
         ) from error
     return dict(parts), f"{name}@{revision}"
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:
-    """What decides the rows that `load_pairs` reads: name and commit, or the sha256 of the file."""
+    """What decides the rows that `load_pairs` reads: name and commit, or the sha256 of each file."""
     path = Path(settings.dataset)
     if settings.dataset == EMBEDDED:
         return {"name": EMBEDDED, "sha256": mini.fingerprint()}
     if path.is_file():
         return {"name": path.name, "sha256": file_hash(path)}
+    if path.is_dir():
+        files = [file for part in data_files(path).values() for file in part]
+        return {"name": path.name, "sha256": {file.relative_to(path).as_posix(): file_hash(file) for file in files}}
     return {"name": settings.dataset, "revision": settings.dataset_revision}
 
 
@@ -108,28 +176,64 @@ def load_pairs(settings: Settings) -> PairData:
         rows: Any = mini.preference_rows("train", settings.max_pairs or 4000)
         test: Any = mini.preference_rows("test", settings.held_out_pairs)
         source = "the embedded world"
-    elif Path(name).is_file() or name.endswith(SUFFIXES):
-        rows, test, source = _load_file(Path(name)), None, Path(name).name
+    elif Path(name).is_dir():
+        rows, test = _load_folder(Path(name))
+        source = Path(name).name
+    elif Path(name).exists() or name.endswith(SUFFIXES):
+        rows, test, source = read_rows(Path(name)), None, Path(name).name
     else:
         parts, source = _load_hub(name, settings.dataset_revision)
         if "train" not in parts:
             raise DataError(f"data set {name!r} has no 'train' split: it has {', '.join(parts)}")
         rows, test = parts["train"], parts.get("test")
+    allow = settings.allow_dropped
     try:
-        train, dropped = parse_rows(rows, settings.max_dropped)
+        train, findings = parse_rows(rows, allow_dropped=allow)
         if test is None:
             train, held_out = _hold_out(train, settings.held_out_pairs, seed)
         else:
-            held_out, more = parse_rows(test, settings.max_dropped)
-            dropped = dropped + more
+            held_out, more = parse_rows(test, allow_dropped=allow, split="held_out")
+            findings = findings + more
             seen = {pair.prompt for pair in held_out}
             train = [pair for pair in train if pair.prompt not in seen]
+    except RowsError as error:
+        raise RowsError(f"{name}: {error}", error.findings) from error
     except DataError as error:
-        raise DataError(f"{name}: {error}") from error
+        raise DataError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
     train = _draw(train, settings.max_pairs, seed, "train")
     held_out = _draw(held_out, settings.held_out_pairs, seed, "held-out")
     if not train or not held_out:
         raise DataError(
             f"{name}: too few pairs: {len(train)} to train on and {len(held_out)} held out; lower --held-out-pairs"
         )
-    return PairData(train, held_out, dropped, source)
+    return PairData(train, held_out, findings, source)
+
+
+def fit_pairs(
+    found: PairData, tokenizer: Any, *, max_length: int, max_prompt_length: int, allow_dropped: bool
+) -> PairData:
+    """The pairs that still differ once they are cut to `max_length` tokens, with a finding for each that is cut.
+
+    Two responses that differ only in what is cut off cannot be told apart: such a pair is dropped. Raises RowsError
+    where that meets more of the pairs than is accepted.
+    """
+    findings: list[Finding] = list(found.findings)
+
+    def _fit(pairs: list[Pair], split: str) -> list[Pair]:
+        kept, dropped = list[Pair](), list[Finding]()
+        encoded = encode_pairs(tokenizer, pairs, max_length=max_length, max_prompt_length=max_prompt_length)
+        for pair, ids in zip(pairs, encoded, strict=True):
+            if ids.chosen == ids.rejected:
+                reason = f"responses are identical in the tokens that fit into max_length {max_length}"
+                dropped.append(Finding(pair.index, reason, split=split))
+                continue
+            kept.append(pair)
+            if ids.was_cut:
+                cut = f"{ids.prompt_cut} prompt, {ids.chosen_cut} chosen, {ids.rejected_cut} rejected tokens cut off"
+                findings.append(Finding(pair.index, f"longer than max_length {max_length}: {cut}", "cut", split))
+        check_dropped(dropped, len(pairs), allow_dropped)
+        findings.extend(dropped)
+        return kept
+
+    train, held_out = _fit(found.train, "train"), _fit(found.held_out, "held_out")
+    return PairData(train, held_out, findings, found.source)

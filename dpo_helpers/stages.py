@@ -13,15 +13,17 @@ from safetensors.torch import save_file
 
 from . import mini, parallel
 from .architectures import is_known
+from .checkpoints import load_manifest
 from .engine import FastPath
 from .evaluation import PairScores, measure_samples, score_pairs
 from .generation import Response
 from .models import freeze, frozen_part, save_model, weights_hash
+from .resume import Unfinished
 from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData
 from .tokens import EncodedPair
-from .training import DPOObjective, MetricsRow, SFTObjective, TrainPlan, train
+from .training import DPOObjective, MetricsRow, SFTObjective, TrainPlan, train, updates_of
 
 # (scores of the policy, of its start) on held-out pairs -> what a row of the training curve says of them
 CurveRow = Callable[[PairScores, PairScores], MetricsRow]
@@ -37,7 +39,8 @@ class Data:
     train: list[EncodedPair]
     held_out: list[EncodedPair]
     tokenizer: Any
-    sha256: str
+    sha256: str  # of the pairs' text
+    tokenizer_sha256: str
 
     @property
     def pad_id(self) -> int:
@@ -87,34 +90,41 @@ def train_stage(
     curve_row: what held-out scores become in a row of the training curve; None: no curve.
     """
     made_from |= {
-        "start": start.weights_sha256,
+        "reference": start.weights_sha256,
         "data": data.sha256,
+        "tokenizer": data.tokenizer_sha256,
         "plan": asdict(plan),
         **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length", "freeze_layers", "freeze_embeddings")},
     }
-
     if curve_row:
         made_from["curve"] = [CURVE_PAIRS, settings.curve_points, settings.curve_prompts, settings.max_new_tokens]
+    unfinished = Unfinished(settings.run_dir / name, made_from, every=settings.save_every, resume=settings.resume)
+    pairs = data.train[: made_from.get("pairs")]
 
     def _train() -> tuple[Any, list[MetricsRow]]:
         compute = compute_of(settings)
         model = start.load(compute)
         freeze(model, settings.freeze_layers, settings.freeze_embeddings)
-        evaluate = _curve(settings, data, start, curve_row) if curve_row and parallel.is_main() else None
+        last = updates_of(len(pairs), plan)
+        evaluate = _curve(settings, data, start, curve_row, last) if curve_row and parallel.is_main() else None
         fast = fast_path(settings, data, model, "train")
         rows = train(
-            model, data.train[: made_from.get("pairs")], replace(objective, fast=fast), plan, compute,
-            pad_id=data.pad_id, name=name, evaluate=(lambda: evaluate(model)) if evaluate else None,
-            evaluations=settings.curve_points,
+            model, pairs, replace(objective, fast=fast), plan, compute, pad_id=data.pad_id, name=name,
+            evaluate=(lambda step: evaluate(model, step)) if evaluate else None,
+            evaluations=settings.curve_points, unfinished=unfinished,
         )  # fmt: skip
         return model, rows
 
     def _make(folder: Path) -> dict[str, Any]:
         model, rows = _train()
+        load_manifest(start.folder)  # the reference never moves: an ArtefactError if its files did
         is_reference = name == "sft" and settings.init_from == "sft"
         return save_stage(folder, settings, data, model, rows, is_reference=is_reference)
 
-    return open_stage(name, artefact(settings, name, made_from, _make, take_part=_train))
+    stage = open_stage(name, artefact(settings, name, made_from, _make, take_part=_train))
+    if parallel.is_main():
+        unfinished.discard()
+    return stage
 
 
 _FAST: dict[tuple[object, ...], FastPath] = {}  # of the latest frozen blocks
@@ -147,8 +157,8 @@ def _say_plain(why: str) -> None:
         print(f"{why}: the plain path is used, which is slower and gives the same numbers")
 
 
-def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Callable[[Any], MetricsRow]:
-    """What is measured at each point of a training: some held-out pairs, and samples with their KL to the start."""
+def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow, last: int) -> Callable[[Any, int], MetricsRow]:
+    """What is measured along a training: some held-out pairs, and samples with their KL to the start."""
     compute = compute_of(settings)
     reference = start.load(compute)
     prompts = prompts_to_sample(settings, data)[: settings.curve_prompts]
@@ -158,14 +168,11 @@ def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow) -> Calla
         return score_pairs(model, data.held_out[:CURVE_PAIRS], compute, pad_id=data.pad_id, fast=fast)
 
     start_scores = _score(reference)  # in the same batches as the policy's, so that equal models tie exactly
-    calls = 0
 
-    def _evaluate(model: Any) -> MetricsRow:
-        nonlocal calls
-        calls += 1
+    def _evaluate(model: Any, step: int) -> MetricsRow:
         held_out = {"pairs": len(start_scores.chosen), **row(_score(model), start_scores)}
         # both ends have their samples measured apart, on all prompts: the reference's, and the trained model's
-        if calls in (1, settings.curve_points + 1):
+        if step in (0, last):
             return held_out
         return held_out | sample_and_measure(settings, data, model, reference, prompts)[1]
 

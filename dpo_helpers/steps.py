@@ -20,16 +20,16 @@ import torch
 
 from . import mini
 from .card import model_card
-from .checkpoints import json_hash
-from .errors import SettingsError
+from .checkpoints import json_hash, write_text
+from .errors import DataError, SettingsError
 from .evaluation import Evaluation, PairScores, longer_wins, pair_values, preference_metrics
 from .generation import Response, sample
-from .hh import Dropped, Pair, single_turn
+from .hh import Finding, Pair, RowsError, single_turn
 from .losses import sft_loss
-from .models import load_model, load_tokenizer, model_commit, model_identity, save_model
+from .models import load_model, load_tokenizer, model_commit, model_identity, save_model, tokenizer_hash
 from .runs import Stage, artefact, compute_of, open_stage, read_jsonl, write_jsonl
 from .settings import EMBEDDED, Settings
-from .sources import PairData, data_identity, load_pairs
+from .sources import PairData, data_identity, fit_pairs, load_pairs
 from .stages import CurveRow, Data, plan_of, prompts_to_sample, sample_and_measure, save_stage, train_stage
 from .tokens import EncodedPair, encode_pairs
 from .training import DPOObjective, MetricsRow, sft_objective
@@ -37,6 +37,8 @@ from .uncertainty import Interval, mean_and_error, paired_difference
 
 HOT_FACTOR = 10  # learning rate of the run that over-optimises on purpose (notebook 6), in those of the main run
 HOT_PAIRS = 1200  # training pairs of that run: enough to wreck it
+PARTS = ("train", "held_out")
+REJECTED = "rejected.jsonl"
 FINAL_MODEL = "dpo_gpt2_model_final"
 STUDY_PROMPTS = (
     "What are some fun things to do in Paris?",
@@ -54,37 +56,53 @@ WORLD_PROMPTS = (
 
 def get_data(settings: Settings) -> Data:
     """Step 1: the pairs, read, checked, split and tokenised. Artefact: data/."""
+    tokenizer, tokenizer_sha256 = _tokenizer(settings)
+    lengths = {"max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length}
     made_from = {
         "dataset": data_identity(settings),
-        **{k: getattr(settings, k) for k in ("max_pairs", "held_out_pairs", "max_dropped", "seed")},
+        "tokenizer": tokenizer_sha256,
+        **{k: getattr(settings, k) for k in ("max_pairs", "held_out_pairs", "allow_dropped", "seed")},
+        **lengths,
     }
 
     def _make(folder: Path) -> dict[str, Any]:
-        found = load_pairs(settings)
-        for part, pairs in (("train", found.train), ("held_out", found.held_out)):
-            write_jsonl(folder / f"{part}.jsonl", [asdict(pair) for pair in pairs])
-        write_jsonl(folder / "dropped.jsonl", [asdict(row) for row in found.dropped])
+        try:
+            found = fit_pairs(load_pairs(settings), tokenizer, allow_dropped=settings.allow_dropped, **lengths)
+        except RowsError as error:
+            list_of_all = settings.run_dir / REJECTED
+            write_text(list_of_all, "".join(json.dumps(asdict(row)) + "\n" for row in error.findings))
+            raise DataError(f"{error}; all of them are listed in {list_of_all}") from error
+        for part in PARTS:
+            write_jsonl(folder / f"{part}.jsonl", [asdict(pair) for pair in getattr(found, part)])
+        write_jsonl(folder / REJECTED, [asdict(row) for row in found.findings])
         return {"source": found.source}
 
     folder = artefact(settings, "data", made_from, _make)
-    return _read_data(settings, folder, json_hash(open_stage("data", folder).manifest["files"]))
+    files = open_stage("data", folder).manifest["files"]
+    sha256 = json_hash({part: files[f"{part}.jsonl"] for part in PARTS})
+    return _read_data(settings, folder, (sha256, files[REJECTED], tokenizer_sha256))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(settings: Settings) -> tuple[Any, str]:
+    """The settings' tokenizer and its hash; kept, since every step asks for them."""
+    tokenizer = load_tokenizer(settings)
+    return tokenizer, tokenizer_hash(tokenizer)
 
 
 @lru_cache(maxsize=2)
-def _read_data(settings: Settings, folder: Path, sha256: str) -> Data:
-    """Read and tokenise the pairs of a data artefact; kept, since every step asks for them."""
-    train_pairs, held_out = (
-        [Pair(**row) for row in read_jsonl(folder / f"{part}.jsonl")] for part in ("train", "held_out")
-    )
-    dropped = [Dropped(**row) for row in read_jsonl(folder / "dropped.jsonl")]
-    pairs = PairData(train_pairs, held_out, dropped, open_stage("data", folder).manifest["about"]["source"])
-    tokenizer = load_tokenizer(settings)
+def _read_data(settings: Settings, folder: Path, hashes: tuple[str, str, str]) -> Data:
+    """Read and tokenise a data artefact; kept while the hashes of its pairs, findings and tokenizer are these."""
+    train_pairs, held_out = ([Pair(**row) for row in read_jsonl(folder / f"{part}.jsonl")] for part in PARTS)
+    findings = [Finding(**row) for row in read_jsonl(folder / REJECTED)]
+    pairs = PairData(train_pairs, held_out, findings, open_stage("data", folder).manifest["about"]["source"])
+    tokenizer, tokenizer_sha256 = _tokenizer(settings)
 
     def encode(part: Sequence[Pair]) -> list[EncodedPair]:
         lengths = {"max_length": settings.max_length, "max_prompt_length": settings.max_prompt_length}
         return list(encode_pairs(tokenizer, part, **lengths))
 
-    return Data(pairs, encode(pairs.train), encode(pairs.held_out), tokenizer, sha256)
+    return Data(pairs, encode(pairs.train), encode(pairs.held_out), tokenizer, hashes[0], tokenizer_sha256)
 
 
 def get_base(settings: Settings) -> Stage:
@@ -93,6 +111,7 @@ def get_base(settings: Settings) -> Stage:
     made_from = {
         "model": model_identity(settings),
         "data": data.sha256,
+        "tokenizer": data.tokenizer_sha256,
         **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length")},
     }
 

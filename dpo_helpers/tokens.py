@@ -73,7 +73,10 @@ class PairBatch:
 
 
 def encode_text(tokenizer: TokenizerLike, text: str) -> list[int]:
-    """Token ids of a text as it stands: nothing is added before or after it."""
+    """Token ids of a text as it stands: nothing is added before or after it.
+
+    The tokenizer must be one of `models.load_tokenizer`, for which "<|endoftext|>" in a text is thirteen characters.
+    """
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -108,6 +111,7 @@ def encode_pairs(
 
 def _encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if getattr(tokenizer, "is_fast", False):  # no offsets, no masks: only ids are wanted
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # as `models.load_tokenizer` asks of each call
         return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     return [encode_text(tokenizer, text) for text in texts]
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import gc
+import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from tqdm import tqdm
 
 from . import parallel
 from .device import Compute
 from .engine import FastPath
-from .errors import TrainingError
+from .gradients import Gradient, NotFinite, Objective, require_finite
+from .interrupts import Interrupted, finishing_first
 from .logprobs import batch_logprobs, pair_logprobs
 from .losses import pair_losses, sft_loss
-from .tokens import EncodedPair, PairBatch, batch_order, by_length, collate
+from .resume import TrainState, Unfinished
+from .tokens import EncodedPair, PairBatch, batch_order
 
 MetricsRow = dict[str, Any]
-
-
-class Objective(Protocol):
-    """What a step minimises: (model, batch, positions of its pairs) -> (losses [B], metrics, each [B])."""
-
-    def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses and metrics of a batch, one value a pair."""
 
 
 @dataclass(frozen=True)
@@ -135,149 +129,158 @@ def train(
     compute: Compute,
     *,
     pad_id: int,
-    evaluate: Callable[[], MetricsRow] | None = None,
+    evaluate: Callable[[int], MetricsRow] | None = None,
     evaluations: int = 8,
     name: str = "training",
+    unfinished: Unfinished | None = None,
 ) -> list[MetricsRow]:
     """Train the model's trainable parameters in place; returns the metrics, one row an update or evaluation.
 
     A row holds step, epoch and split ("train" or "held_out"); training rows the batch means of loss and the
-    objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds. `evaluate` is called before
-    the first update, then about `evaluations` times, the last after the last update. Raises TrainingError on a
-    loss or gradient that is not finite, before the update would spoil the weights.
+    objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds. `evaluate`, which is given the
+    number of updates done, is called before the first update, then about `evaluations` times, the last after the last
+    update. Raises TrainingError on a loss or gradient that is not finite, before the update would spoil the weights.
+
+    unfinished: where checkpoints are kept, and gone on from bit for bit. With it, Ctrl-C and SIGTERM let the update end
+    and save before they raise `interrupts.Interrupted`.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(plan.optimizer, parameters, plan.learning_rate)
-    scaler = compute.grad_scaler()
     batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
-    points = _evaluation_points(len(batches), evaluations)
+    points = evaluation_points(len(batches), evaluations)
     model.eval()  # dropout stays off: a log-probability that enters a loss must be the model's own
-    gradient = _Gradient(model, pairs, objective, plan.micro_batch_size, compute, scaler, pad_id)
-    rows: list[MetricsRow] = [{"step": 0, "epoch": 0, "split": "held_out", **evaluate()}] if evaluate else []
+    run = _Run(model, pairs, objective, plan, compute, pad_id, len(batches), name)
+    run.begin(unfinished)
+    if evaluate and not run.rows:
+        run.note({"step": 0, "epoch": 0, "split": "held_out", **evaluate(0)})
     quiet = {} if parallel.is_main() else {"disable": True}  # else TQDM_DISABLE decides
-    bar = tqdm(batches, desc=name, unit="update", **quiet)
-    for step, (epoch, at) in enumerate(bar):
-        started = time.perf_counter()
-        rate = plan.learning_rate * rate_factor(step, len(batches), plan)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        means = gradient.of_batch(at, step, parameters)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-        if not scaler.is_enabled():  # fp16's scaler meets an overflow by skipping the update and scaling less
-            _require_finite("gradient", norm.expand(len(at)), step, [pairs[i].index for i in at])
-        scaler.step(optimizer)
-        scaler.update()
-        row: MetricsRow = {"step": step + 1, "epoch": epoch, "split": "train", **means}
-        row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
-        row["seconds"] = time.perf_counter() - started
-        rows.append(row)
-        bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{rate:.1e}")
-        if evaluate and step + 1 in points:
-            rows.append({"step": step + 1, "epoch": epoch, "split": "held_out", **evaluate()})
-    return rows
+    bar = tqdm(batches[run.done :], desc=name, unit="update", initial=run.done, total=len(batches), **quiet)
+    with finishing_first() if unfinished else nullcontext(lambda: 0) as asked_to_stop, run.own_randomness():
+        for epoch, at in bar:
+            row = run.update(epoch, at)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['learning_rate']:.1e}")
+            if evaluate and run.done in points:
+                run.note({"step": run.done, "epoch": epoch, "split": "held_out", **evaluate(run.done)})
+            run.keep(asked_to_stop())
+    return run.rows
 
 
-class _Step(torch.nn.Module):
-    """The objective as a module, since that is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Any, objective: Objective):
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, batch: PairBatch, at: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(self.model, batch, at)
-
-
-class _Gradient:
-    """The gradient of a batch's mean loss, added up over micro-batches that fit in memory, and over processes."""
+class _Run:
+    """A training under way: its optimiser, its rows, and how many updates are done."""
 
     def __init__(
         self,
         model: Any,
         pairs: Sequence[EncodedPair],
         objective: Objective,
-        micro_size: int,
+        plan: TrainPlan,
         compute: Compute,
-        scaler: torch.amp.GradScaler,
         pad_id: int,
+        total: int,
+        name: str,
     ):
-        self.step = parallel.together(_Step(model, objective))
-        self.pairs, self.micro_size, self.compute, self.scaler, self.pad_id = pairs, micro_size, compute, scaler, pad_id
+        self.named = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+        self.optimizer = make_optimizer(plan.optimizer, self.parameters, plan.learning_rate)
+        self.scaler = compute.grad_scaler()
+        self.gradient = Gradient(model, pairs, objective, plan.micro_batch_size, compute, self.scaler, pad_id)
+        self.pairs, self.plan, self.compute, self.total, self.name = pairs, plan, compute, total, name
+        self.rows: list[MetricsRow] = []
+        self.done = 0
+        self.unfinished: Unfinished | None = None
 
-    def of_batch(self, at: Sequence[int], step: int, parameters: Sequence[Tensor]) -> dict[str, float]:
-        """Put the gradient into `parameters`; returns the batch means of loss and metrics.
+    def update(self, epoch: int, at: Sequence[int]) -> MetricsRow:
+        """One update with the pairs at these positions, and its row of metrics."""
+        started, step = time.perf_counter(), self.done
+        torch.manual_seed(self.plan.seed * 1_000_003 + step)  # anything random in it depends on (seed, step) alone
+        rate = self.plan.learning_rate * rate_factor(step, self.total, self.plan)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        row: MetricsRow = {"step": step + 1, "epoch": epoch, "split": "train"}
+        try:
+            row |= self.gradient.of_batch(at, step, self.parameters)
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
+            # fp16's scaler meets an overflow by skipping the update and scaling less, until there is nothing to lower
+            if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+                require_finite("gradient", norm.expand(len(at)), step, [self.pairs[i].index for i in at])
+        except NotFinite as error:
+            self._log({**row, error.what: math.nan, "rows": error.rows})
+            raise
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
+        row["seconds"] = time.perf_counter() - started
+        self.done += 1
+        self.note(row)
+        return row
 
-        Out of memory, the batch is done again with micro-batches of half the size, and so are all later ones: the
-        same gradient, from smaller parts. Raises TrainingError where one pair is too much.
-        """
-        while True:
-            for parameter in parameters:
-                parameter.grad = None
-            try:
-                return self._accumulate(at, step)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                self._halve(at, step)
-            gc.collect()  # outside the except block, whose error keeps the failed pass's tensors alive
-            if self.compute.device.type == "cuda":
-                torch.cuda.empty_cache()
+    def note(self, row: MetricsRow) -> None:
+        """Add a row to the metrics."""
+        self.rows.append(row)
+        self._log(row)
 
-    def _halve(self, at: Sequence[int], step: int) -> None:
-        where = f"out of memory at update {step + 1} with {self.micro_size} pairs a forward pass"
-        if parallel.processes() > 1:  # the others are in the middle of theirs
-            raise TrainingError(f"{where} and process: lower --micro-batch-size, the update stays the same")
-        self.micro_size = min(self.micro_size, len(at))
-        if self.micro_size == 1:
-            rows = ", ".join(str(self.pairs[i].index) for i in at)
-            raise TrainingError(
-                f"out of memory at update {step + 1} with a single pair a forward pass (rows {rows}); the weights are "
-                "as before it: lower --max-length, or use a device with more memory"
+    def _log(self, row: MetricsRow) -> None:
+        if self.unfinished and parallel.is_main():
+            self.unfinished.log(row)
+
+    def own_randomness(self) -> AbstractContextManager[None]:
+        """A context after which PyTorch's global generators are as before."""
+        return torch.random.fork_rng([self.compute.device] if self.compute.device.type == "cuda" else [])
+
+    def begin(self, unfinished: Unfinished | None) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        self.unfinished = unfinished
+        state = unfinished.newest() if unfinished else None
+        if state:
+            self._restore(state)
+        if unfinished and parallel.is_main():
+            unfinished.begin_log(self.rows)
+
+    def _restore(self, state: TrainState) -> None:
+        with torch.no_grad():
+            for key, parameter in self.named.items():
+                parameter.copy_(state.weights[key])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for number, key in enumerate(self.named):
+            of_key = {k: v for k, v in state.optimizer.items() if k.rpartition("/")[0] == key}
+            moments[number] = {k.rpartition("/")[2]: v for k, v in of_key.items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
+        self.rows, self.done, self.gradient.micro_size = list(state.rows), state.step, state.micro_size
+
+    def state(self) -> TrainState:
+        """What has to be kept to go on from here."""
+        weights = {key: parameter.detach().cpu().contiguous() for key, parameter in self.named.items()}
+        moments = {
+            f"{key}/{k}": torch.as_tensor(v).cpu().contiguous()
+            for key, parameter in self.named.items()
+            for k, v in self.optimizer.state[parameter].items()
+        }
+        return TrainState(self.done, weights, moments, self.rows, self.gradient.micro_size, self.scaler.state_dict())
+
+    def keep(self, signal_number: int) -> None:
+        """Save a checkpoint if one is due; after a signal save and raise `Interrupted`."""
+        if self.unfinished is None:
+            return
+        signal_number = parallel.agreed(signal_number)  # of several processes, the first one's counts
+        due = self.done % self.unfinished.every == 0 or self.done == self.total  # what follows may take long too
+        if not (signal_number or due):
+            return
+        if parallel.is_main():
+            self.unfinished.save(self.state())
+        if signal_number:
+            raise Interrupted(
+                f"{self.name}: interrupted after update {self.done} of {self.total}, saved in "
+                f"{self.unfinished.folder}; run the same again to go on",
+                signal_number,
             )
-        self.micro_size = -(-self.micro_size // 2)
-        print(f"{where}: from here on {self.micro_size}, and more passes an update; the update stays the same")
-
-    def _accumulate(self, at: Sequence[int], step: int) -> dict[str, float]:
-        micros = _micro_batches(parallel.share(_sorted(self.pairs, at)), self.micro_size)
-        weight = 1.0 if micros else 0.0  # without a share of its own, a process still takes part in the averaging
-        micros = micros or [list(at[:1])]
-        sums: dict[str, Tensor] = {}
-        for n, micro in enumerate(micros):
-            batch = collate([self.pairs[i] for i in micro], self.pad_id).to(self.compute.device)
-            with parallel.alone(self.step) if n + 1 < len(micros) else nullcontext():
-                with self.compute.autocast():
-                    losses, metrics = self.step(batch, micro)
-                _require_finite("loss", losses, step, batch.rows)
-                # a sum over processes is wanted where DistributedDataParallel gives their mean
-                share = weight * parallel.processes() / len(at)
-                self.scaler.scale(losses.sum() * share).backward()  # type: ignore[no-untyped-call]
-            for key, value in {"loss": losses.detach(), **metrics}.items():
-                sums[key] = sums.get(key, 0.0) + value.sum() * (weight / len(at))
-        means = parallel.total(torch.stack(list(sums.values())))
-        return dict(zip(sums, means.tolist(), strict=True))
 
 
-def _evaluation_points(updates: int, evaluations: int) -> set[int]:
+def updates_of(pairs: int, plan: TrainPlan) -> int:
+    """How many updates a plan makes of so many pairs."""
+    return plan.epochs * -(-pairs // plan.batch_size)
+
+
+def evaluation_points(updates: int, evaluations: int) -> set[int]:
     """The updates after which to evaluate: `evaluations` of them at even distances, the last one among them."""
     return {round(updates * k / evaluations) for k in range(1, evaluations + 1)}
-
-
-def _sorted(pairs: Sequence[EncodedPair], at: Sequence[int]) -> list[int]:
-    return [at[i] for i in by_length([pairs[i] for i in at])]
-
-
-def _micro_batches(at: list[int], size: int) -> list[list[int]]:
-    """Split a batch, sorted by length, into parts of `size` pairs: less padding and memory, the same gradient."""
-    return [at[start : start + size] for start in range(0, len(at), size)]
-
-
-def _require_finite(what: str, values: Tensor, step: int, rows: Sequence[int]) -> None:
-    """values: [n], one a row."""
-    wrong = ~torch.isfinite(values)
-    if wrong.any():
-        bad = ", ".join(str(row) for row, is_wrong in zip(rows, wrong.tolist(), strict=True) if is_wrong)
-        raise TrainingError(
-            f"the {what} is not finite at update {step + 1} (rows {bad}); the weights are as before it: lower "
-            "--learning-rate or use --precision fp32"
-        )

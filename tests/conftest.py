@@ -34,6 +34,36 @@ def tiny_gpt2(seed: int = 0, vocab: int = 50, blocks: int = 3, positions: int = 
     return model.eval()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the fault tests (tests/faults) at their full counts")
+
+
+COUNTS: list[tuple[str, int, int]] = []
+
+
+@pytest.fixture
+def survived():
+    """Asserts that all of a count were survived, and has the count printed at the end of the tests."""
+
+    def say(what: str, count: int, of: int) -> None:
+        COUNTS.append((what, count, of))
+        assert count == of, f"{what}: {count} of {of}"
+
+    return say
+
+
+@pytest.fixture(scope="session")
+def is_long(request) -> bool:
+    return bool(request.config.getoption("--long"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS:
+        terminalreporter.section("what it survived")
+        for what, count, of in COUNTS:
+            terminalreporter.line(f"{count:6d} of {of:6d}  {what}")
+
+
 @pytest.fixture
 def gpt2() -> GPT2LMHeadModel:
     return tiny_gpt2()

@@ -64,7 +64,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+    """As the Hub has it: of weights the sha256, by which its cache names them."""
+    digest = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
+    return digest(file.read_bytes()).hexdigest()
 
 
 def start(repos) -> ThreadingHTTPServer:

@@ -207,7 +207,7 @@ def test_evaluation_between_updates_leaves_the_model_whole(cpu):
     before = score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()
     rows = train(
         model, data, objective, PLAN, cpu, pad_id=0,
-        evaluate=lambda: {"score": score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()},
+        evaluate=lambda step: {"score": score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()},
     )  # fmt: skip
     assert rows[0]["score"] == pytest.approx(before, abs=1e-6)
 

@@ -1,7 +1,17 @@
 import pytest
 
 from dpo_helpers.errors import DataError
-from dpo_helpers.hh import Dropped, Pair, count_turns, parse_row, parse_rows, single_turn, split_prompt
+from dpo_helpers.hh import (
+    Finding,
+    Pair,
+    RowsError,
+    Unreadable,
+    count_turns,
+    parse_row,
+    parse_rows,
+    single_turn,
+    split_prompt,
+)
 
 GOOD = "\n\nHuman: Hi\n\nAssistant: I can help."
 OTHER = "\n\nHuman: Hi\n\nAssistant: I cannot."
@@ -32,15 +42,17 @@ def test_single_turn():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"rejected": GOOD}, "row 3 has no 'chosen'"),
-        ({"chosen": None, "rejected": GOOD}, "row 3 has no 'chosen'"),
-        ({"chosen": GOOD}, "row 3 has no 'rejected'"),
-        ({"chosen": 5, "rejected": GOOD}, "row 3: 'chosen' is int, not text"),
+        ({"rejected": GOOD}, "no 'chosen': every row needs 'chosen' and 'rejected' texts"),
+        ({"chosen": None, "rejected": GOOD}, "no 'chosen': every row needs 'chosen' and 'rejected' texts"),
+        ({"chosen": GOOD}, "no 'rejected': every row needs 'chosen' and 'rejected' texts"),
+        ({"chosen": 5, "rejected": GOOD}, "'chosen' is int, not text"),
+        (["chosen"], "it is list, not an object with 'chosen' and 'rejected'"),
+        (None, "it is NoneType, not an object with 'chosen' and 'rejected'"),
+        (Unreadable("line 4 cannot be read as JSON"), "line 4 cannot be read as JSON"),
     ],
 )
-def test_malformed_rows_are_errors_that_name_the_row(row, message):
-    with pytest.raises(DataError, match=message):
-        parse_row(row, 3)
+def test_malformed_rows_are_findings_that_name_the_row(row, message):
+    assert parse_row(row, 3) == Finding(3, message, "dropped")
 
 
 EMPTY = "\n\nHuman: Hi\n\nAssistant:"
@@ -61,7 +73,7 @@ EMPTY = "\n\nHuman: Hi\n\nAssistant:"
     ],
 )
 def test_useless_rows_are_dropped_with_index_and_reason(chosen, rejected, reason):
-    assert parse_row({"chosen": chosen, "rejected": rejected}, 11) == Dropped(11, reason)
+    assert parse_row({"chosen": chosen, "rejected": rejected}, 11) == Finding(11, reason)
 
 
 def test_html_is_data_like_any_other():
@@ -71,9 +83,12 @@ def test_html_is_data_like_any_other():
 
 def test_more_than_five_percent_dropped_is_an_error_unless_allowed():
     rows = [{"chosen": GOOD, "rejected": OTHER}] * 18 + [{"chosen": GOOD, "rejected": GOOD}] * 2
-    with pytest.raises(DataError, match=r"2 of 20 rows cannot be used .*identical, 2 rows, first row 18"):
+    with pytest.raises(RowsError, match=r"2 of 20 rows cannot be used .*identical; 2 rows, first row 18") as caught:
         parse_rows(rows)
-    pairs, dropped = parse_rows(rows, max_dropped=0.1)
+    assert "--allow-dropped" in str(caught.value)
+    assert [d.index for d in caught.value.findings] == [18, 19]
+    assert len(parse_rows([*rows[:18] * 2, *rows[18:]][:-1])[0]) == 36, "1 of 37 is 2.7 %"
+    pairs, dropped = parse_rows(rows, allow_dropped=True)
     assert (len(pairs), [d.index for d in dropped]) == (18, [18, 19])
 
 
@@ -97,7 +112,9 @@ def test_real_slice(hh_slice):
     with gzip.open(hh_slice, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     pairs, dropped = parse_rows(rows)
-    assert len(pairs) + len(dropped) == 1542
+    assert len(pairs) == 1538
+    assert [f.index for f in dropped if f.action == "kept"] == [205, 1068], "<pre> and <long answer>"
+    assert len(pairs) + sum(f.action == "dropped" for f in dropped) == 1542
     for pair in pairs:
         assert pair.prompt.endswith("\n\nAssistant:")
         assert rows[pair.index]["chosen"] == pair.prompt + pair.chosen

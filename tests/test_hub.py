@@ -35,6 +35,13 @@ print(model_commit(settings))
 """
 
 
+LOADED = """
+from dpo_helpers.settings import load_settings
+from dpo_helpers.models import load_model
+load_model(load_settings("gpt2"))
+"""
+
+
 @pytest.fixture
 def hub(tmp_path, tokenizer):
     save_model(tiny_gpt2(), tokenizer, tmp_path / "model")
@@ -82,6 +89,23 @@ def test_the_gpt2_profile_against_a_local_endpoint_then_offline_from_the_cache(t
     offline = run(tmp_path, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr[-2000:]
     assert json.loads(offline.stdout.splitlines()[-1]) == got
+    check_damaged_caches(tmp_path)
+
+
+def check_damaged_caches(tmp_path):
+    """One flipped bit in the cached weights, a cached table that is cut short: each named, not loaded."""
+    (blob,) = [p for p in (tmp_path / "home/hub").rglob("blobs/*") if len(p.name) == 64]
+    raw = bytearray(blob.read_bytes())
+    raw[-1] ^= 1
+    blob.write_bytes(raw)
+    result = run(tmp_path, LOADED, HF_HUB_OFFLINE="1")
+    assert f"ModelError: {blob} in the Hub's cache is damaged" in result.stderr
+    assert "delete it and run this again" in result.stderr
+    (table, *_) = (tmp_path / "home/datasets").rglob("*train.arrow")
+    table.write_bytes(table.read_bytes()[:400])
+    result = run(tmp_path, HF_HUB_OFFLINE="1")
+    assert "DataError: cannot get data set 'Anthropic/hh-rlhf' from the Hub or its cache" in result.stderr
+    assert "delete a damaged cache (HF_DATASETS_CACHE)" in result.stderr
 
 
 @pytest.mark.slow

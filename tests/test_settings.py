@@ -22,7 +22,7 @@ def test_the_study_profile():
     [
         ("beta", 0.0), ("beta", -1.0), ("beta", math.nan), ("beta", math.inf), ("learning_rate", 0.0),
         ("batch_size", 0), ("micro_batch_size", -1), ("epochs", 0), ("freeze_layers", -1), ("warmup_steps", -1),
-        ("max_dropped", 1.5), ("betas", ()), ("betas", (0.1, 0.1)), ("betas", (0.0,)), ("optimizer", "sgd"),
+        ("save_every", 0), ("device", "cuda:x"), ("betas", ()), ("betas", (0.1, 0.1)), ("betas", (0.0,)), ("optimizer", "sgd"),
         ("init_from", "dpo"), ("device", "tpu"), ("precision", "fp8"), ("max_pairs", 0), ("max_prompt_length", 256),
     ],
 )  # fmt: skip

@@ -53,7 +53,7 @@ def test_file_formats(tmp_path, name):
 
 
 def test_no_prompt_is_on_both_sides(tmp_path):
-    rows = ROWS + [{"chosen": r["rejected"], "rejected": r["chosen"]} for r in ROWS]
+    rows = ROWS + [{"chosen": r["chosen"], "rejected": r["rejected"] + " Bye."} for r in ROWS]
     found = load_pairs(settings(write(tmp_path / "d.jsonl", rows)))
     assert {p.prompt for p in found.train}.isdisjoint(p.prompt for p in found.held_out)
 
@@ -76,11 +76,11 @@ def test_max_pairs_limits_training_pairs_only(tmp_path):
     ("content", "message"),
     [
         ("", r"d\.jsonl is empty"),
-        ('{"chosen": "a"\n', r"d\.jsonl cannot be read as json"),
-        (json.dumps({"chosen": ROWS[0]["chosen"]}) + "\n", r"d\.jsonl: row 0 has no 'rejected'"),
+        ('{"chosen": "a"\n', r"d\.jsonl: 1 of 1 rows cannot be used .*line 1 cannot be read as JSON"),
+        (json.dumps({"chosen": ROWS[0]["chosen"]}) + "\n", r"d\.jsonl: 1 of 1 rows .*no 'rejected': .*first row 0"),
         (
             json.dumps(ROWS[0]) + "\n" + json.dumps({"chosen": None, "rejected": "x"}) + "\n",
-            r"d\.jsonl: row 1 has no 'c",
+            r"d\.jsonl: 1 of 2 rows cannot be used .*no 'chosen': .*first row 1",
         ),
         (json.dumps(ROWS[0]) + "\n", r"d\.jsonl: too few pairs: 0 to train on and 1 held out"),
     ],
@@ -106,7 +106,7 @@ def test_identity_follows_the_content(tmp_path):
 
 def test_offline_hub_data_is_one_clear_error():
     with pytest.raises(
-        DataError, match=r"cannot get data set 'Anthropic/hh-rlhf' from the Hub .*or use --dataset FILE"
+        DataError, match=r"cannot get data set 'Anthropic/hh-rlhf' from the Hub or its cache .*or use --dataset FILE"
     ):
         load_pairs(load_settings("gpt2"))
     with pytest.raises(CourseError, match="dataset 'a b' is neither an existing path nor a Hub id"):

@@ -57,7 +57,7 @@ def test_a_changed_setting_remakes_and_keeps_the_old(small, capsys):
     assert second.weights_sha256 != first.weights_sha256
     out = capsys.readouterr().out
     assert "dpo: made anew, the earlier one is set aside" in out
-    assert "plan" in out
+    assert "plan.learning_rate: 0.0005 → 0.002" in out
     old = json.loads((small.run_dir / "dpo.old-1/manifest.json").read_text())
     assert old["about"]["weights_sha256"] == first.weights_sha256
     assert "reference" not in out, "the reference does not depend on the learning rate"
@@ -80,7 +80,7 @@ def test_init_from_sft_starts_both_models_there(small):
     settings = replace(small, init_from="sft")
     sft, dpo = steps.get_sft(settings), steps.get_dpo(settings)
     assert steps.get_reference(settings).weights_sha256 == sft.weights_sha256
-    assert dpo.manifest["made_from"]["start"] == sft.weights_sha256
+    assert dpo.manifest["made_from"]["reference"] == sft.weights_sha256
     assert dpo.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert steps.get_evaluation(settings, sft).metrics["kl"] == 0.0
 
@@ -89,7 +89,7 @@ def test_a_sweep_shares_the_main_run_and_names_the_rest(small):
     sweep = steps.get_sweep(small)
     assert sweep[0.5].folder == small.run_dir / "dpo"
     assert sweep[5.0].folder == small.run_dir / "sweep/beta-5"
-    assert sweep[5.0].manifest["made_from"]["start"] == sweep[0.5].manifest["made_from"]["start"]
+    assert sweep[5.0].manifest["made_from"]["reference"] == sweep[0.5].manifest["made_from"]["reference"]
 
 
 def test_an_unwritable_folder_is_one_clear_error(small, tmp_path):
@@ -138,23 +138,6 @@ def test_report_and_final_model(small):
     assert str(small.run_dir.parent) not in card.text
     model = GPT2LMHeadModel.from_pretrained(final)
     assert weights_hash(model) == steps.get_dpo(small).weights_sha256
-
-
-@pytest.mark.slow
-def test_hostile_text_is_escaped_in_the_report(small, monkeypatch):
-    from dpo_helpers import report
-    from dpo_helpers.generation import Response
-
-    evil = Response(
-        "\n\nHuman: <svg onload=x>\n\nAssistant:", [1], "</pre><img src=x onerror=alert(1)>\x1b[31m\u202e", True
-    )
-    monkeypatch.setattr(report, "get_generations", lambda s: {k: [evil] for k in ("reference", "sft", "dpo")})
-    page = make_report(small).read_text(encoding="utf-8")
-    assert "<img src=x" not in page
-    assert "<svg" not in page
-    assert "&lt;img src=x onerror=alert(1)&gt;" in page
-    assert "\x1b" not in page
-    assert "\u202e" not in page
 
 
 def test_the_schema_refuses_what_it_does_not_know_and_names_it():

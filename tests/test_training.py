@@ -115,15 +115,20 @@ def test_only_the_unfrozen_blocks_and_the_last_norm_move(cpu):
     assert {name.split(".")[2] for name in moved if ".h." in name} == {"1", "2"}
 
 
-def test_micro_batches_give_the_same_run(cpu):
-    """A batch of 4 in one pass, or sorted by length in parts of 1 and 3: same losses, weights within rounding."""
-    whole, rows = run(cpu, optimizer="adamw")
+def test_micro_batches_give_the_same_run(cpu, monkeypatch):
+    """A batch of 4 in one pass, or sorted by length in parts of 1 and 3: same losses, weights within rounding.
+
+    Under SGD: RMSprop and AdamW make a full step of a gradient that is rounding and nothing else.
+    """
+    monkeypatch.setattr("dpo_helpers.training.make_optimizer", lambda _, p, rate: torch.optim.SGD(p, lr=10 * rate))
+    whole, rows = run(cpu)
+    assert abs(rows[-1]["loss"] - rows[0]["loss"]) > 0.01, "it learns"
     for size in (1, 3):
-        parts, other = run(cpu, optimizer="adamw", micro_batch_size=size)
+        parts, other = run(cpu, micro_batch_size=size)
         assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in rows], abs=1e-4)
-        assert [r["grad_norm"] for r in other] == pytest.approx([r["grad_norm"] for r in rows], rel=1e-2)
+        assert [r["grad_norm"] for r in other] == pytest.approx([r["grad_norm"] for r in rows], rel=1e-3)
         for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 def test_same_settings_twice_are_bit_equal_and_another_seed_is_not(cpu):
@@ -158,30 +163,6 @@ def test_gradients_are_clipped(cpu):
     assert rows[0]["grad_norm"] > 10 * norm
 
 
-def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(cpu):
-    data = pairs(4)
-    policy = tiny_gpt2()
-    before = weights_hash(policy)
-    reference = torch.tensor([0.0, float("nan"), 0.0, 0.0])
-    with pytest.raises(TrainingError, match=r"the loss is not finite at update 1 \(rows .*101"):
-        train(policy, data, DPOObjective(reference, torch.zeros(4), 0.5), PLAN, cpu, pad_id=0)
-    assert weights_hash(policy) == before
-
-
-def test_a_non_finite_gradient_stops_before_the_update(cpu):
-    policy = tiny_gpt2()
-    before = weights_hash(policy)
-
-    def objective(model, batch, at):
-        losses, metrics = sft_objective(model, batch, at)
-        bad = model.transformer.ln_f.weight
-        return losses + (bad.sum() - bad.sum().detach()).clamp(min=0).sqrt(), metrics  # d√x at 0 is infinite
-
-    with pytest.raises(TrainingError, match="the gradient is not finite at update 1"):
-        train(policy, pairs(4), objective, PLAN, cpu, pad_id=0)
-    assert weights_hash(policy) == before
-
-
 def test_sft_runs_on_chosen_rows_only(cpu):
     """Other tokens in every rejected response leave an SFT run bit-equal; its loss falls."""
     data = pairs()
@@ -194,8 +175,8 @@ def test_sft_runs_on_chosen_rows_only(cpu):
 def test_evaluation_points(cpu):
     calls = []
 
-    def evaluate():
-        calls.append(1)
+    def evaluate(step):
+        calls.append(step)
         return {"loss": 0.0}
 
     rows = train(tiny_gpt2(), pairs(), sft_objective, plan(epochs=4), cpu, pad_id=0, evaluate=evaluate, evaluations=3)
@@ -203,61 +184,7 @@ def test_evaluation_points(cpu):
     assert (held[0], held[-1]) == (0, 12)
     assert held == sorted(set(held))
     assert held == [0, 4, 8, 12]
-    assert len(calls) == 4
-
-
-class OutOfMemory:
-    """DPO losses, but a micro-batch of more than `limit` pairs runs out of memory from update 3 on, halfway through."""
-
-    def __init__(self, objective, limit, error):
-        self.objective, self.limit, self.error, self.sizes = objective, limit, error, []
-
-    def __call__(self, model, batch, at):
-        self.sizes.append(len(at))
-        if sum(self.sizes) > 8 and len(at) > self.limit:
-            raise self.error
-        return self.objective(model, batch, at)
-
-
-CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
-
-
-def limited(cpu, limit, error, **changes):
-    data = pairs(12)
-    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
-    objective = OutOfMemory(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), limit, error)
-    return objective, *run(cpu, objective, data, **changes)
-
-
-@pytest.mark.parametrize("error", [CUDA, CPU])
-def test_out_of_memory_halves_the_micro_batch_and_nothing_else(cpu, capsys, error, monkeypatch):
-    """Batches of 4 in one part; from update 3 on one pair fits: 4 fails, 2 fails, then four parts of 1.
-
-    Under SGD, whose weights show the gradients; RMSprop would amplify their rounding.
-    """
-    monkeypatch.setattr("dpo_helpers.training.make_optimizer", lambda _, p, rate: torch.optim.SGD(p, lr=rate))
-    _, expected_policy, expected = limited(cpu, 4, error)
-    objective, policy, rows = limited(cpu, 1, error)
-    assert objective.sizes[:5] == [4, 4, 4, 2, 1]
-    assert set(objective.sizes[4:]) == {1}, "the smaller size stays"
-    said = capsys.readouterr().out
-    assert "out of memory at update 3 with 2 pairs a forward pass: from here on 1" in said
-    for key in ("loss", "grad_norm", "reward_margin"):
-        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], abs=1e-5), key
-    for (name, parameter), other in zip(policy.named_parameters(), expected_policy.parameters(), strict=True):
-        assert (parameter - other).abs().max() <= 1e-5, name
-
-
-def test_out_of_memory_with_a_single_pair_is_an_error_that_names_rows(cpu):
-    with pytest.raises(TrainingError, match=r"update 3 with a single pair a forward pass \(rows 10\d") as caught:
-        limited(cpu, 0, CUDA)
-    assert "--max-length" in str(caught.value)
-
-
-def test_other_runtime_errors_are_not_taken_for_it(cpu):
-    with pytest.raises(RuntimeError, match="shapes"):
-        limited(cpu, 1, RuntimeError("shapes do not match"))
+    assert calls == held
 
 
 def test_only_the_rows_at_fault_are_named(cpu):
@@ -266,25 +193,3 @@ def test_only_the_rows_at_fault_are_named(cpu):
     reference = torch.tensor([0.0, 0.0, float("nan"), 0.0])
     with pytest.raises(TrainingError, match=r"loss is not finite at update 1 \(rows 102\)"):
         train(tiny_gpt2(), data, DPOObjective(reference, torch.zeros(4), 0.5), PLAN, cpu, pad_id=0)
-
-
-def test_out_of_memory_after_part_of_a_gradient_counts_nothing_twice(cpu):
-    """Parts of two: the second part of update 2 fails, when the first one's gradient is there already."""
-
-    class Once(OutOfMemory):
-        def __call__(self, model, batch, at):
-            self.sizes.append(len(at))
-            if len(self.sizes) == self.limit:
-                raise self.error
-            return self.objective(model, batch, at)
-
-    data = pairs(12)
-    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
-    runs = []
-    for call in (4, -1):
-        objective = Once(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), call, CUDA)
-        runs.append((objective, run(cpu, objective, data, micro_batch_size=2)[1]))
-    assert runs[0][0].sizes[:8] == [2, 2, 2, 2, 1, 1, 1, 1]
-    for key in ("loss", "grad_norm"):
-        failed, whole = ([row[key] for row in rows[:2]] for _, rows in runs)
-        assert failed == pytest.approx(whole, rel=1e-5, abs=1e-5), key

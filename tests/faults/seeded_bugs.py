@@ -1,6 +1,6 @@
 """Ten bugs that DPO code really has had, put into a copy of the package one at a time: who notices?
 
-    python tests/seeded_bugs.py
+    python tests/faults/seeded_bugs.py
 
 Each must fail at least one unit test and at least one check in a notebook. Every attempt runs in a process of its own
 that starts as a copy of this one, so torch is imported once. The unchanged package goes first and must pass everything.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "MAX_PAIRS": "24", "HELD_OUT_PAIRS": "12", "PROMPTS": "4", "MAX_NEW_TOKENS": "6", "EPOCHS": "1", "BATCH_SIZE": "8",
     "BETAS": "0.5,5", "WARMUP_STEPS": "1", "CURVE_PROMPTS": "2", "CURVE_POINTS": "1",

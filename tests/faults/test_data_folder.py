@@ -1,0 +1,182 @@
+"""A data set folder of somebody else's: archives stay packed, links and hostile names lead nowhere, damage is named."""
+
+import gzip
+import json
+import os
+import tarfile
+import zipfile
+
+import pytest
+
+from dpo_helpers.errors import DataError
+from dpo_helpers.mini import preference_rows
+from dpo_helpers.settings import load_settings
+from dpo_helpers.sources import MAX_LINE, data_identity, load_pairs
+
+ROWS = preference_rows("train", 80)
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS[:60])
+
+
+def load(path, **more):
+    return load_pairs(load_settings("mini", dataset=str(path), max_pairs=None, held_out_pairs=10, **more))
+
+
+def texts(pairs):
+    return {p.prompt + p.chosen for p in pairs}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """As HH-RLHF's own: a folder a subset, gzipped JSON lines a split."""
+    base = tmp_path / "hh"
+    (base / "harmless-base").mkdir(parents=True)
+    (base / "harmless-base/train.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    held_out = "".join(json.dumps(row) + "\n" for row in ROWS[60:])
+    (base / "harmless-base/test.jsonl.gz").write_bytes(gzip.compress(held_out.encode()))
+    return base
+
+
+def test_a_folder_with_its_own_split(folder):
+    found = load(folder)
+    assert texts(found.held_out) <= {row["chosen"] for row in ROWS[60:]}
+    assert texts(found.train) <= {row["chosen"] for row in ROWS[:60]}
+    assert len(found.held_out) == 10, "drawn from the 20 of its own test split"
+    assert found.source == "hh"
+
+
+def test_several_files_are_read_in_the_order_of_their_names(tmp_path):
+    for name, part in (("b.jsonl", ROWS[40:]), ("a.jsonl", ROWS[:40])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    found = load(tmp_path)
+    by_index = {p.index: p.prompt + p.chosen for p in (*found.train, *found.held_out)}
+    assert by_index == {i: row["chosen"] for i, row in enumerate(ROWS)}
+
+
+def test_the_identity_names_each_file(folder):
+    settings = load_settings("mini", dataset=str(folder))
+    before = data_identity(settings)
+    assert set(before["sha256"]) == {"harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz"}
+    (folder / "harmless-base/train.jsonl.gz").write_bytes(gzip.compress(LINES.encode()[::-1]))
+    assert data_identity(settings) != before
+
+
+def test_archives_are_not_unpacked_and_scripts_not_run(folder, tmp_path, monkeypatch, survived):
+    """zip and tar members that climb out, a loading script, pickles: none is opened, and nothing appears beside it."""
+    marker = tmp_path / "ran"
+    with zipfile.ZipFile(folder / "train.zip", "w") as archive:
+        archive.writestr("../../escaped.jsonl", LINES)
+    evil = tmp_path / "evil"
+    evil.write_text(LINES)
+    with tarfile.open(folder / "train.tar.gz", "w:gz") as archive:
+        archive.add(evil, "../../escaped.jsonl")
+    script = f"open({str(marker)!r}, 'w').write('x')\n"
+    for name in ("hh.py", "train.py", "setup.py"):
+        (folder / name).write_text(script)
+    (folder / "train.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
+    monkeypatch.chdir(tmp_path)
+    found = load(folder)
+    assert texts(found.train) <= {row["chosen"] for row in ROWS}
+    left_alone = sum(
+        not path.exists() for path in (marker, tmp_path / "escaped.jsonl", folder.parent / "escaped.jsonl")
+    )
+    survived("hostile archives, scripts and pickles in a data folder left alone", left_alone, 3)
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "x.zip", "x.tar.gz", "x.py", "x.bin", "x.csv"])
+def test_a_file_of_another_kind_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(DataError, match=rf"{name} is no \.jsonl.* file: archives are not unpacked and scripts not run"):
+        load(tmp_path / name)
+
+
+def test_a_folder_without_data_says_so(tmp_path):
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="holds no training data: it needs .*archives are not unpacked"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(folder, tmp_path):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text(LINES)
+    os.symlink(folder / "harmless-base/train.jsonl.gz", folder / "again-train.jsonl.gz")
+    load(folder)
+    os.symlink(secret, folder / "train-secret.jsonl")
+    with pytest.raises(
+        DataError, match=r"train-secret\.jsonl is a link to a place outside .*hh, which is not followed"
+    ):
+        load(folder)
+
+
+def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(tmp_path):
+    """datasets--x/snapshots/<commit>/train.jsonl -> ../../blobs/<hash>"""
+    snapshot, blobs = tmp_path / "datasets--x/snapshots" / ("a" * 40), tmp_path / "datasets--x/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "b").write_text(LINES)
+    os.symlink("../../blobs/b", snapshot / "train.jsonl")
+    assert load(snapshot).train
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(folder):
+    os.mkfifo(folder / "train-pipe.jsonl")
+    assert load(folder).train
+
+
+def test_hostile_file_names_are_read_and_shown_harmlessly(tmp_path, survived):
+    names = [
+        "<img src=x onerror=alert(1)>.jsonl",
+        "a\x1b[31mred.jsonl",
+        "\u202egpj.jsonl",
+        "new\nline.jsonl",
+        "$(id).jsonl",
+    ]
+    good = 0
+    for name in names:
+        path = tmp_path / name
+        path.write_text(LINES)
+        assert load(path).train
+        path.write_text("")
+        with pytest.raises(DataError) as caught:
+            load(path)
+        said = str(caught.value)
+        good += "is empty" in said and "\x1b" not in said and "\u202e" not in said
+    survived("hostile file names read, and shown harmlessly in errors", good, len(names))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_gzip_that_ends_early_is_named(folder, keep):
+    path = folder / "harmless-base/train.jsonl.gz"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * keep)])
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz cannot be read: Compressed file ended .*get the file again"):
+        load(folder)
+
+
+def test_flipped_bits_in_a_gzip_are_found_by_its_checksum(folder, survived):
+    path = folder / "harmless-base/train.jsonl.gz"
+    raw, found = path.read_bytes(), 0
+    places = range(12, len(raw), len(raw) // 50)
+    for place in places:
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 8]) + raw[place + 1 :])
+        with pytest.raises(DataError, match=r"train\.jsonl\.gz"):
+            load(folder)
+        found += 1
+    survived("flipped bits in a gzipped data file found and the file named", found, len(places))
+
+
+def test_garbage_parquet_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(200) + b"PAR1")
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read: "):
+        load(tmp_path / "x.parquet")
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path):
+    """Packed, 100 MB of one letter are 100 KB."""
+    with gzip.open(tmp_path / "x.jsonl.gz", "wb") as stream:
+        stream.write(LINES.encode())
+        for _ in range(100):
+            stream.write(b"a" * 1_000_000)
+    with pytest.raises(DataError, match=rf"x\.jsonl\.gz: line 61 is longer than {MAX_LINE} bytes"):
+        load(tmp_path / "x.jsonl.gz")

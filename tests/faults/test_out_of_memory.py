@@ -1,0 +1,87 @@
+"""9 Out of memory: the micro-batch halves, the passes double, the update stays; at the floor a clear error."""
+
+import pytest
+import torch
+from test_training import pairs, run
+
+from conftest import tiny_gpt2
+from dpo_helpers.errors import TrainingError
+from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.training import DPOObjective
+
+
+class OutOfMemory:
+    """DPO losses, but a micro-batch of more than `limit` pairs runs out of memory from update 3 on, halfway through."""
+
+    def __init__(self, objective, limit, error):
+        self.objective, self.limit, self.error, self.sizes = objective, limit, error, []
+
+    def __call__(self, model, batch, at):
+        self.sizes.append(len(at))
+        if sum(self.sizes) > 8 and len(at) > self.limit:
+            raise self.error
+        return self.objective(model, batch, at)
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+
+def limited(cpu, limit, error, **changes):
+    data = pairs(12)
+    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
+    objective = OutOfMemory(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), limit, error)
+    return objective, *run(cpu, objective, data, **changes)
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU])
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(cpu, capsys, error, monkeypatch, survived):
+    """Batches of 4 in one part; from update 3 on one pair fits: 4 fails, 2 fails, then four parts of 1.
+
+    Under SGD, whose weights show the gradients; RMSprop would amplify their rounding.
+    """
+    monkeypatch.setattr("dpo_helpers.training.make_optimizer", lambda _, p, rate: torch.optim.SGD(p, lr=rate))
+    _, expected_policy, expected = limited(cpu, 4, error)
+    objective, policy, rows = limited(cpu, 1, error)
+    assert objective.sizes[:5] == [4, 4, 4, 2, 1]
+    assert set(objective.sizes[4:]) == {1}, "the smaller size stays"
+    said = capsys.readouterr().out
+    assert "out of memory at update 3 with 2 pairs a forward pass: from here on 1" in said
+    for key in ("loss", "grad_norm", "reward_margin"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], abs=1e-5), key
+    both = list(zip(policy.parameters(), expected_policy.parameters(), strict=True))
+    same = sum((ours - other).abs().max().item() <= 1e-5 for ours, other in both)
+    survived(f"9 out of memory ({type(error).__name__}): parameters as without it, to 1e-5", same, len(both))
+
+
+def test_out_of_memory_with_a_single_pair_is_an_error_that_names_rows(cpu):
+    with pytest.raises(TrainingError, match=r"update 3 with a single pair a forward pass \(rows 10\d") as caught:
+        limited(cpu, 0, CUDA)
+    assert "--max-length" in str(caught.value)
+
+
+def test_other_runtime_errors_are_not_taken_for_it(cpu):
+    with pytest.raises(RuntimeError, match="shapes"):
+        limited(cpu, 1, RuntimeError("shapes do not match"))
+
+
+def test_out_of_memory_after_part_of_a_gradient_counts_nothing_twice(cpu):
+    """Parts of two: the second part of update 2 fails, when the first one's gradient is there already."""
+
+    class Once(OutOfMemory):
+        def __call__(self, model, batch, at):
+            self.sizes.append(len(at))
+            if len(self.sizes) == self.limit:
+                raise self.error
+            return self.objective(model, batch, at)
+
+    data = pairs(12)
+    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
+    runs = []
+    for call in (4, -1):
+        objective = Once(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), call, CUDA)
+        runs.append((objective, run(cpu, objective, data, micro_batch_size=2)[1]))
+    assert runs[0][0].sizes[:8] == [2, 2, 2, 2, 1, 1, 1, 1]
+    for key in ("loss", "grad_norm"):
+        failed, whole = ([row[key] for row in rows[:2]] for _, rows in runs)
+        assert failed == pytest.approx(whole, rel=1e-5, abs=1e-5), key
