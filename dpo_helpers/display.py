@@ -24,7 +24,7 @@ def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table as HTML, every cell escaped; line breaks in cells are kept. Numbers get three decimals at most.
 
     The classes keep MathJax, which JupyterLab and nbconvert run over a page, from reading $…$ in a cell as a formula:
-    besides mangling prices, a formula can be a link to a script.
+    it would mangle prices, and a formula can be a link to anywhere, whatever it says.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{html.escape(visible(str(column)))}</th>" for column in columns)

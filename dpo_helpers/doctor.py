@@ -76,7 +76,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArtefactError(f"{path} is not JSON ({error}); is the run still being written?") from error
     return found if isinstance(found, dict) else {}
 
@@ -185,7 +185,7 @@ def _start(run: Run) -> tuple[bool, str] | None:
 
 
 def _reference(run: Run) -> tuple[bool, str] | None:
-    start = run.made_from.get("reference") or run.made_from.get("reference")  # so called in older runs
+    start = run.made_from.get("reference")
     reference = run.reference_about.get("weights_sha256")
     if not start or not reference or run.about.get("settings", {}).get("init_from") == "sft":
         return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from .device import Compute
 from .engine import FastPath
 from .errors import TrainingError
 from .generation import Response, distinct_n, ends_in_a_loop, repeated_share, sample
+from .gradients import halved
 from .kl import sequence_kl
 from .logprobs import pair_logprobs
 from .losses import pair_losses
@@ -65,20 +67,31 @@ def score_pairs(
     """Log-probabilities of all pairs, in their order. Pairs of like length share a batch, to pad little.
 
     fast: a fast path whose first pairs these are; without one the plain version is run. Raises TrainingError, naming
-    rows, where a log-probability is not finite.
+    rows, where a log-probability is not finite, or where one pair is too much for the memory; before that, running out
+    of memory only makes the batches smaller.
     """
     order = by_length(pairs)
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
-    bar = tqdm(range(0, len(pairs), batch_size), desc=name or "scoring", unit="batch", disable=None if name else True)
-    for start in bar:
-        at = order[start : start + batch_size]
-        with compute.autocast():
-            if fast:
-                of_chosen, of_rejected = fast.pair_logprobs(model, at)
-            else:
-                batch = collate([pairs[i] for i in at], pad_id).to(compute.device)
-                of_chosen, of_rejected = pair_logprobs(model, batch)
+    bar = tqdm(total=len(pairs), desc=name or "scoring", unit="pair", disable=None if name else True)
+    done = 0
+    while done < len(pairs):
+        at = order[done : done + batch_size]
+        try:
+            with compute.autocast():
+                if fast:
+                    of_chosen, of_rejected = fast.pair_logprobs(model, at)
+                else:
+                    batch = collate([pairs[i] for i in at], pad_id).to(compute.device)
+                    of_chosen, of_rejected = pair_logprobs(model, batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            batch_size = halved(len(at), f"scoring row {pairs[at[0]].index}")
+            continue
         chosen[at], rejected[at] = of_chosen.float().cpu(), of_rejected.float().cpu()
+        done += len(at)
+        bar.update(len(at))
+    bar.close()
     wrong = ~(chosen.isfinite() & rejected.isfinite())
     if wrong.any():
         rows = ", ".join(str(pairs[i].index) for i in wrong.nonzero().flatten().tolist()[:10])

@@ -45,6 +45,16 @@ def require_finite(what: str, values: Tensor, step: int, rows: Sequence[int]) ->
         )
 
 
+def halved(pairs: int, where: str) -> int:
+    """Half as many pairs for the next try after running out of memory; TrainingError if it was a single one."""
+    if pairs == 1:
+        raise TrainingError(
+            f"out of memory with a single pair a forward pass, at {where}: lower --max-length, or use a device with "
+            "more memory"
+        )
+    return -(-pairs // 2)
+
+
 class _Step(torch.nn.Module):
     """The objective as a module, since that is what DistributedDataParallel wraps."""
 
@@ -95,14 +105,10 @@ class Gradient:
         where = f"out of memory at update {step + 1} with {self.micro_size} pairs a forward pass"
         if parallel.processes() > 1:  # the others are in the middle of theirs
             raise TrainingError(f"{where} and process: lower --micro-batch-size, the update stays the same")
-        self.micro_size = min(self.micro_size, len(at))
-        if self.micro_size == 1:
-            rows = ", ".join(str(self.pairs[i].index) for i in at)
-            raise TrainingError(
-                f"out of memory at update {step + 1} with a single pair a forward pass (rows {rows}); the weights are "
-                "as before it: lower --max-length, or use a device with more memory"
-            )
-        self.micro_size = -(-self.micro_size // 2)
+        rows = ", ".join(str(self.pairs[i].index) for i in at)
+        self.micro_size = halved(
+            min(self.micro_size, len(at)), f"update {step + 1} (rows {rows}), the weights as before"
+        )
         print(f"{where}: from here on {self.micro_size}, and more passes an update; the update stays the same")
 
     def _accumulate(self, at: Sequence[int], step: int) -> dict[str, float]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from tqdm import tqdm
 
 from . import parallel
 from .device import Compute
 from .engine import FastPath
+from .errors import TrainingError
 from .gradients import Gradient, NotFinite, Objective, require_finite
 from .interrupts import Interrupted, finishing_first
 from .logprobs import batch_logprobs, pair_logprobs
@@ -205,13 +207,24 @@ class _Run:
         except NotFinite as error:
             self._log({**row, error.what: math.nan, "rows": error.rows})
             raise
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._step(step)
         row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
         row["seconds"] = time.perf_counter() - started
         self.done += 1
         self.note(row)
         return row
+
+    def _step(self, step: int) -> None:
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise TrainingError(  # the weights in memory may be half updated; those of the last checkpoint are not
+                f"out of memory in the optimiser's step of update {step + 1}: run the same again to go on from the "
+                "last checkpoint, with less else in memory (--trunk-gb), or use a device with more"
+            ) from error
+        self.scaler.update()
 
     def note(self, row: MetricsRow) -> None:
         """Add a row to the metrics."""

@@ -38,7 +38,7 @@ HEALTHY = Run(
     training=[row(s) for s in range(1, 41)],
     held_out=[row(0), row(40, chosen_reward=0.8, chosen_reward_se=0.1, pairs=400, reward_margin=OFFLINE)],
     about={"peak_memory_gb": 0.6, "settings": {"init_from": "base"}},
-    made_from={"start": "a" * 64, "beta": 0.5, "loss_type": "sigmoid"},
+    made_from={"reference": "a" * 64, "beta": 0.5, "loss_type": "sigmoid"},
     scores=scores(1.0), reference=scores(),
     reference_about={"weights_sha256": "a" * 64, "pairs": 100, "cut_responses": 1},
     evaluation=TEXT, reference_evaluation=TEXT, kl_by_beta={0.05: (8.7, 0.6), 0.1: (9.0, 0.6), 0.5: (1.5, 0.1), 5.0: (0.3, 0.1)},
@@ -49,7 +49,7 @@ SICK = {
     2: {"kl_by_beta": {0.1: (1.0, 0.1), 0.5: (3.0, 0.1), 5.0: (0.5, 0.1)}},
     3: {"training": [row(s, loss=LN_2 + 1e-4 * (-1) ** s) for s in range(1, 41)]},
     4: {"held_out": [row(0, loss=1.2, chosen_reward=-0.4)]},
-    5: {"made_from": {**HEALTHY.made_from, "start": "b" * 64}},
+    5: {"made_from": {**HEALTHY.made_from, "reference": "b" * 64}},
     7: {"evaluation": {**TEXT, "ended": 0.1}},
     8: {"reference_about": {"pairs": 100, "cut_responses": 9}},
     9: {"training": [*HEALTHY.training, row(41, loss=float("nan"))]},
@@ -162,7 +162,9 @@ def test_a_loss_that_is_not_known_to_be_sigmoid_is_not_judged_by_ln_2():
     """An IPO run of TRL starts at 1/(4β²) = 25 with β = 0.1; an SFT stage has a loss of its own."""
     ipo = Run(None, [row(s, loss=25.0, chosen_reward=0.0) for s in range(1, 20)], [])
     assert verdicts(ipo)[4] == verdicts(ipo)[3] == "no sign"
-    sft = replace(HEALTHY, made_from={"start": "a" * 64}, training=[{"step": s, "loss": LN_2} for s in range(1, 20)])
+    sft = replace(
+        HEALTHY, made_from={"reference": "a" * 64}, training=[{"step": s, "loss": LN_2} for s in range(1, 20)]
+    )
     assert verdicts(sft)[3] == "cannot tell"
 
 

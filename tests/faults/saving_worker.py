@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from forks import in_a_fork
 
 from dpo_helpers import resume
-from dpo_helpers.checkpoints import file_hash, load_manifest
+from dpo_helpers.checkpoints import load_manifest
 from dpo_helpers.errors import ArtefactError
-from dpo_helpers.resume import OPTIMIZER, ROWS, WEIGHTS, TrainState, Unfinished
+from dpo_helpers.resume import TrainState, Unfinished
 
 MODES = {"kill": None, "disk full": errno.ENOSPC, "read-only": errno.EROFS}
 
@@ -171,5 +171,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert (file_hash, ROWS, WEIGHTS, OPTIMIZER)  # imported before the forks
     main(Path(sys.argv[1]))

@@ -183,6 +183,7 @@ def test_ids_decode_to_the_text_and_never_hold_an_end_of_text_from_it(any_tokeni
     """A row that says "<|endoftext|>" must not end its response there."""
     pair = Pair(prompt, response, response + "!", 0)
     found = encode_pair(any_tokenizer, pair, max_length=10**6, max_prompt_length=10)
+    any_tokenizer.backend_tokenizer.encode_special_tokens = False  # as in a tokenizer that was just loaded
     (batched,) = encode_pairs(any_tokenizer, [pair], max_length=10**6, max_prompt_length=10)
     assert batched == found
     eos = any_tokenizer.eos_token_id

@@ -100,6 +100,7 @@ def hostile_report(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Tight layout")
 def test_the_report_shows_every_payload_as_text(hostile_report, survived):
     """Without a browser: no element, attribute or link comes from a payload, and nothing that acts unseen."""
     page = hostile_report.read_text(encoding="utf-8")
@@ -207,6 +208,7 @@ def hostile_notebook(tmp_path_factory):
     return notebook, path
 
 
+@pytest.mark.slow
 def test_a_notebooks_outputs_hold_no_acting_text(hostile_notebook):
     """Of the traceback only the error's own line: IPython colours the rest with escapes of its own."""
     notebook, _ = hostile_notebook
@@ -225,6 +227,7 @@ def test_a_notebooks_outputs_hold_no_acting_text(hostile_notebook):
             assert not ACTIVE.search("".join(map(str, output.data.values())))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_no_script_of_a_notebooks_outputs_runs(hostile_notebook, tmp_path, survived):
     _, path = hostile_notebook

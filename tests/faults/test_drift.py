@@ -4,8 +4,10 @@ import json
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import SMALL, tiny_gpt2
 from dpo_helpers import gradients, steps
@@ -14,6 +16,7 @@ from dpo_helpers.errors import ArtefactError
 from dpo_helpers.interrupts import Interrupted
 from dpo_helpers.mini import preference_rows
 from dpo_helpers.models import save_model
+from dpo_helpers.resume import TrainState, Unfinished
 from dpo_helpers.settings import load_settings
 
 
@@ -56,13 +59,13 @@ def hashes(folder):
 
 
 def reorder(settings):
-    rows = [json.loads(line) for line in open(settings.dataset)]
-    write_rows(steps.Path(settings.dataset), rows[::-1])
+    path = Path(settings.dataset)
+    write_rows(path, [json.loads(line) for line in path.read_text().splitlines()][::-1])
 
 
 def other_tokenizer(settings):
     """One merge less: other ids for some words, the same weights."""
-    path = steps.Path(settings.model) / "tokenizer.json"
+    path = Path(settings.model) / "tokenizer.json"
     definition = json.loads(path.read_text())
     definition["model"]["merges"].pop()
     path.write_text(json.dumps(definition))
@@ -72,7 +75,7 @@ def other_reference(settings):
     save_model(
         tiny_gpt2(seed=1, vocab=len(steps._tokenizer(settings)[0]), positions=256),
         steps._tokenizer(settings)[0],
-        steps.Path(settings.model),
+        Path(settings.model),
     )
 
 
@@ -127,7 +130,13 @@ def test_no_resume_sets_aside_and_begins_anew(interrupted, capsys):
     assert stage.manifest["made_from"]["beta"] == 1.0
 
 
-def test_another_settings_unfinished_training_survives_a_finished_one(interrupted):
-    """A sweep's other β, a loaded artefact: neither may remove what is not its own."""
-    steps.get_dpo(interrupted, beta=5.0)
-    assert (interrupted.run_dir / "dpo.unfinished/step-000002/manifest.json").is_file()
+def test_a_finished_artefact_leaves_another_settings_unfinished_training(interrupted, capsys):
+    """β = 0.5 is finished, β = 1 interrupted; loading the first must not throw away the second."""
+    steps.get_dpo(interrupted)
+    unfinished = Unfinished(interrupted.run_dir / "dpo", {"beta": 1.0})
+    unfinished.save(TrainState(3, {"w": torch.ones(2)}, {"w/square_avg": torch.ones(2)}, [], 8, {}))
+    capsys.readouterr()
+    steps.get_dpo(interrupted)
+    assert unfinished.newest().step == 3
+    unfinished.discard()
+    assert not unfinished.folder.exists()

@@ -55,7 +55,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(cpu, capsys, erro
 
 
 def test_out_of_memory_with_a_single_pair_is_an_error_that_names_rows(cpu):
-    with pytest.raises(TrainingError, match=r"update 3 with a single pair a forward pass \(rows 10\d") as caught:
+    with pytest.raises(TrainingError, match=r"single pair a forward pass, at update 3 \(rows 10\d") as caught:
         limited(cpu, 0, CUDA)
     assert "--max-length" in str(caught.value)
 
@@ -85,3 +85,37 @@ def test_out_of_memory_after_part_of_a_gradient_counts_nothing_twice(cpu):
     for key in ("loss", "grad_norm"):
         failed, whole = ([row[key] for row in rows[:2]] for _, rows in runs)
         assert failed == pytest.approx(whole, rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.parametrize("error", [CUDA, CPU])
+def test_scoring_makes_its_batches_smaller_and_gives_the_same_scores(cpu, monkeypatch, error):
+    from dpo_helpers import evaluation
+
+    expected, real, sizes = score_pairs(tiny_gpt2(), pairs(12), cpu, pad_id=0), evaluation.pair_logprobs, []
+
+    def small(model, batch):
+        sizes.append(len(batch.rows))
+        if len(batch.rows) > limit:
+            raise error
+        return real(model, batch)
+
+    monkeypatch.setattr(evaluation, "pair_logprobs", small)
+    limit = 3
+    found = score_pairs(tiny_gpt2(), pairs(12), cpu, pad_id=0)
+    assert sizes == [12, 6, 3, 3, 3, 3]
+    torch.testing.assert_close(found.chosen, expected.chosen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.rejected, expected.rejected, atol=1e-5, rtol=0)
+    limit = 0
+    with pytest.raises(TrainingError, match=r"single pair a forward pass, at scoring row 10\d: lower --max-length"):
+        score_pairs(tiny_gpt2(), pairs(12), cpu, pad_id=0)
+
+
+def test_out_of_memory_in_the_optimiser_is_an_error_that_says_how_to_go_on(cpu, monkeypatch):
+    def full(*arguments, **more):
+        raise CUDA
+
+    monkeypatch.setattr(torch.optim.RMSprop, "step", full)
+    with pytest.raises(
+        TrainingError, match="in the optimiser's step of update 1: run the same again to go on from the"
+    ):
+        run(cpu)

@@ -215,7 +215,7 @@ def test_no_text_becomes_an_element_of_a_table(monkeypatch, survived):
 
 
 def test_mathjax_leaves_tables_alone():
-    """JupyterLab's and nbconvert's MathJax skip elements of these classes; a formula could hold a javascript: link."""
+    """JupyterLab's and nbconvert's MathJax skip elements of these classes; a formula could be a link to anywhere."""
     table = Page(display.html_table([{"a": 1}])).elements[0]
     assert table == "table class"
     classes = re.match('<table class="([^"]+)">', display.html_table([{"a": 1}]))[1].split()
@@ -252,7 +252,7 @@ def test_no_label_is_read_as_a_formula(tmp_path):
         "kl": 1.0, "kl_se": 0.1, "reward_margin": 1.0, "reward_margin_se": 0.1, "length": 3.0, "ended": 1.0,
         "repeated_3grams": 0.0, "looping": 0.0, "distinct_2": 0.5, "step": 1,
     }  # fmt: skip
-    names = list(ALL.values())
+    names = list({**payloads.TEMPLATES, **ALL}.values())  # of ten colours the first are for formulas
     evaluations = {name: Evaluation(name, 0.5, measured, []) for name in names}
     figures.plot_lengths({name: [1, 2, 3] for name in names}, tmp_path)
     figures.plot_reward_kl(evaluations, tmp_path)
