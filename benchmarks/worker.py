@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.workload import BETA, FROZEN, Workload, batches, draw_pairs, floor_seconds, make_model, synchronise
+from benchmarks.workload import (
+    BETA,
+    FROZEN,
+    Workload,
+    batches,
+    draw_pairs,
+    floor_seconds,
+    load_tokenizer,
+    make_model,
+    synchronise,
+)
 from dpo_helpers.device import Compute, peak_memory_gb
 from dpo_helpers.engine import FastPath
 from dpo_helpers.evaluation import score_pairs
@@ -82,7 +92,7 @@ def ours(work: Workload, pairs: Sequence[EncodedPair], betas: Sequence[float], *
 def trl(work: Workload, pairs: Sequence[EncodedPair], *, tuned: bool, grouped: bool) -> Result:
     """TRL's DPOTrainer on the same token ids, in the same order (but for `grouped`), the same blocks frozen."""
     import datasets
-    from transformers import GPT2Tokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_progress_bars()
@@ -136,7 +146,7 @@ def trl(work: Workload, pairs: Sequence[EncodedPair], *, tuned: bool, grouped: b
     options: dict[str, Any] = {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if tuned else {}
     if grouped:
         options |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
-    tokenizer = GPT2Tokenizer.from_pretrained(work.tokenizer)
+    tokenizer = load_tokenizer(work.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, beta=BETA, max_length=None, per_device_train_batch_size=work.batch_size,

@@ -16,6 +16,7 @@ from .errors import CourseError
 from .report import make_report
 from .settings import Settings
 from .steps import FINAL_MODEL
+from .untrusted import visible
 
 QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -67,5 +68,5 @@ def run_course(settings: Settings, *, in_place: bool = False) -> None:
         print(f"{number}/{len(sources)}  {source.stem:22s} done in {seconds:5.0f} s", flush=True)
     report = make_report(settings)
     run = settings.run_dir
-    print(f"\nreport       {report}\nfigures      {run / 'figures'}\nresults      {run / 'results.json'}")
-    print(f"notebooks    {run / 'notebooks'}\nfinal model  {run / FINAL_MODEL}")
+    print(visible(f"\nreport       {report}\nfigures      {run / 'figures'}\nresults      {run / 'results.json'}"))
+    print(visible(f"notebooks    {run / 'notebooks'}\nfinal model  {run / FINAL_MODEL}"))

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import parallel
 from .checkpoints import changed_keys, load_manifest, set_aside, write_text, writing
 from .errors import ArtefactError
+from .untrusted import one_line
 
 WEIGHTS, OPTIMIZER, ROWS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
 KEPT = 2  # the newest checkpoint, and the one before it in case the newest turns out damaged
@@ -71,14 +72,14 @@ class Unfinished:
             shutil.rmtree(left, ignore_errors=True)
         steps = self.steps()
         if steps and not self.resume:
-            print(f"{self.folder.name}: not resumed, set aside as {set_aside(self.folder).name}")
+            print(one_line(f"{self.folder.name}: not resumed, set aside as {set_aside(self.folder).name}"))
             return None
         for step in reversed(steps):
             try:
                 manifest = load_manifest(self._at(step))
                 assert manifest is not None
             except ArtefactError as error:
-                print(f"{error}; the checkpoint before it is used")
+                print(one_line(f"{error}; the checkpoint before it is used"))
                 continue
             changes = changed_keys(manifest["made_from"], self.made_from)
             if changes:

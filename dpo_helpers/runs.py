@@ -22,6 +22,7 @@ from .evaluation import PairScores
 from .models import load_saved
 from .settings import Settings, as_dict
 from .training import MetricsRow
+from .untrusted import one_line
 
 FORMAT = 3  # of what the files of an artefact hold; an artefact of another format is made anew
 METRICS = "metrics.jsonl"
@@ -148,5 +149,5 @@ def _is_made(folder: Path, made_from: Mapping[str, Any], why: str = "") -> bool:
         return False
     changes = changed_keys(manifest["made_from"], made_from)
     if changes and why:
-        print(f"{why}: made anew, the earlier one is set aside ({'; '.join(changes)})")
+        print(one_line(f"{why}: made anew, the earlier one is set aside ({'; '.join(changes)})"))
     return not changes

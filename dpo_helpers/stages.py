@@ -24,6 +24,7 @@ from .settings import EMBEDDED, Settings
 from .sources import PairData
 from .tokens import EncodedPair
 from .training import DPOObjective, MetricsRow, SFTObjective, TrainPlan, train, updates_of
+from .untrusted import one_line
 
 # (scores of the policy, of its start) on held-out pairs -> what a row of the training curve says of them
 CurveRow = Callable[[PairScores, PairScores], MetricsRow]
@@ -154,7 +155,7 @@ def fast_path(settings: Settings, data: Data, model: Any, part: str) -> FastPath
 @cache
 def _say_plain(why: str) -> None:
     if parallel.is_main():
-        print(f"{why}: the plain path is used, which is slower and gives the same numbers")
+        print(one_line(f"{why}: the plain path is used, which is slower and gives the same numbers"))
 
 
 def _curve(settings: Settings, data: Data, start: Stage, row: CurveRow, last: int) -> Callable[[Any, int], MetricsRow]:

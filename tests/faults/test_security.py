@@ -563,7 +563,6 @@ LOCAL = {
     ("models.py", "where"): "what models._location gives: a local folder, or a name with a commit",
     ("sources.py", "parquet"): "a local file, named by data_files",
     ("07_generations.ipynb", "final"): "the folder that the step has just written",
-    ("worker.py", "work.tokenizer"): "the tokenizer of a benchmark, which draw_pairs has fetched at the pinned commit",
 }
 
 
