@@ -29,8 +29,9 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One thread a test process: two times two threads on two cores would spend their time waiting for each other.
 unit: .venv/.dev
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder tests
 
 # A fresh runs folder, so that nothing left by an earlier run is taken for a result.
 notebooks: .venv/.dev

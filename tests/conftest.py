@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -57,10 +58,30 @@ def is_long(request) -> bool:
     return bool(request.config.getoption("--long"))
 
 
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no test process is left alone with a long one at the end: slow(seconds)."""
+    seconds: Counter = Counter()
+    for item in items:
+        for marker in item.iter_markers("slow"):
+            seconds[item.path] += marker.args[0] if marker.args else 10
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def pytest_sessionfinish(session):
+    """With several test processes (xdist) each hands its counts to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = COUNTS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    COUNTS.extend(getattr(node, "workeroutput", {}).get("counts", []))
+
+
 def pytest_terminal_summary(terminalreporter):
     if COUNTS:
         terminalreporter.section("what it survived")
-        for what, count, of in COUNTS:
+        for what, count, of in sorted(COUNTS):
             terminalreporter.line(f"{count:6d} of {of:6d}  {what}")
 
 

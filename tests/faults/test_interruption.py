@@ -60,7 +60,7 @@ def asking(settings):
     return f"stage = steps.get_dpo(settings.load_settings('mini', **{values!r}))\nprint(stage.weights_sha256)"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(tmp_path, whole, survived, number, status):
     command = [sys.executable, "-m", "dpo_helpers", "dpo", *options(tmp_path)]
@@ -212,7 +212,7 @@ def test_a_run_directory_that_cannot_be_written_names_it(tmp_path):
                 pass
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the notebooks run in forks of one process")
 def test_notebooks_out_of_order_and_twice_give_the_same_results(tmp_path, survived, is_long):
     names = "01 02 03 04 05 06 07" if is_long else "03 05"

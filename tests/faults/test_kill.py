@@ -25,13 +25,14 @@ def kill(kind, folder, kills):
     return sum(line["same"] for line in lines)
 
 
+@pytest.mark.slow(35)
 def test_killed_at_each_of_30_updates_with_dropout_on(tmp_path, survived):
     """Losses, weights and optimiser tensors equal those of a run that nobody killed, across six epochs."""
     same = kill("tiny", tmp_path, range(1, 31))
     survived("1 kills survived bit for bit: tiny GPT-2, dropout on, plain path", same, 30)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_killed_on_the_fast_path_of_the_embedded_model(tmp_path, survived, is_long):
     kills = range(1, 31) if is_long else (2, 17, 29)
     same = kill("mini", tmp_path, kills)

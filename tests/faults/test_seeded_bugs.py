@@ -10,7 +10,7 @@ from seeded_bugs import BUGS
 from conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.slow(120)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script copies its process, which Windows cannot")
 def test_every_seeded_bug_is_found_twice_and_the_package_itself_passes(survived):
     result = subprocess.run(
