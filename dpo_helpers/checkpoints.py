@@ -8,6 +8,7 @@ maker holds a lock, and a second process is told who that is.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,10 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from .errors import ArtefactError
 
 MANIFEST = "manifest.json"
+_DISK_ERRORS = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "EEXIST", "ENOTDIR", "ENAMETOOLONG")
+}
 WAIT_SECONDS = 5  # for another process that holds a lock; making a small artefact takes no longer
 
 
@@ -46,7 +52,7 @@ def json_hash(value: Any) -> str:
 def _flush(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to flush it
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write
     try:
         os.fsync(handle)
     finally:
@@ -102,7 +108,8 @@ def holding(folder: Path) -> Iterator[None]:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         with suppress(OSError):  # a note for people: the lock works without it
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}), since {since}")
+            note = f"process {os.getpid()} on {socket.gethostname()} ({command}), since {since}"
+            holder.write_text(note, encoding="utf-8", errors="backslashreplace")
         yield
     finally:
         with suppress(OSError):
@@ -112,7 +119,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 def _who(holder: Path) -> str:
     try:
-        return holder.read_text()
+        return holder.read_text(encoding="utf-8", errors="replace")
     except (OSError, ValueError):
         return "another process"
 
@@ -153,7 +160,13 @@ def writing(folder: Path, made_from: Mapping[str, Any], about: Mapping[str, Any]
         os.replace(temporary, folder)
         _flush(folder.parent)
     except OSError as error:
-        raise _refused(folder, error) from error
+        if error.errno in _DISK_ERRORS:
+            raise _refused(folder, error) from error
+        raise ArtefactError(f"making {folder} failed: {type(error).__name__}: {error}") from error
+    except SafetensorError as error:  # what the library makes of a full disk, among other things
+        raise ArtefactError(
+            f"making {folder} failed: {error}; is the disk full? If so, use another --runs-dir"
+        ) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -205,14 +218,22 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"{path} is no manifest of this course ({type(error).__name__})") from error
     for name, digest in expected.items():
-        file = folder / name
+        _check_file(folder, name, digest)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    file = folder / name
+    try:
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise ArtefactError(f"{path} names {name!r}, which lies outside its folder")
+            raise ArtefactError(f"{folder / MANIFEST} names {name!r}, which lies outside its folder")
         if not file.is_file():
             raise ArtefactError(f"{file} is missing")
-        if file_hash(file) != digest:
-            raise ArtefactError(f"{file} is damaged: its sha256 is not the manifest's")
-    return manifest
+        is_damaged = file_hash(file) != digest
+    except (OSError, ValueError) as error:  # of the disk; of a name that can be none
+        raise ArtefactError(f"{file} cannot be read ({error})") from error
+    if is_damaged:
+        raise ArtefactError(f"{file} is damaged: its sha256 is not the manifest's")
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -191,6 +191,8 @@ def course(
     }  # fmt: skip
     for name in changed:  # the notebooks read settings from the environment
         value = getattr(settings, name)
+        if value is None:
+            continue
         os.environ[f"DPO_{name.upper()}"] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     run_course(settings, in_place=in_place)
 

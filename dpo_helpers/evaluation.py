@@ -218,15 +218,23 @@ def measure_samples(
     """Sample one response to each prompt from the policy and measure them: KL to the reference, text, true reward.
 
     true_reward: (prompt, response text) -> reward, where it is known. Returns the responses and the metrics of
-    `measure_kl` and `text_measures`, with true_reward, true_reward_se and true_reward_sd if it is known.
+    `measure_kl` and `text_measures`, with true_reward, true_reward_se and true_reward_sd if it is known. Raises
+    TrainingError when out of memory.
     """
     lengths = {"max_prompt_length": max_prompt_length}
-    responses = sample(
-        policy, tokenizer, prompts, max_new_tokens=max_new_tokens, compute=compute, seed=seed, name=name, **lengths
-    )
-    metrics = measure_kl(policy, reference, tokenizer, responses, compute, **lengths) | text_measures(responses)
+    try:
+        responses = sample(
+            policy, tokenizer, prompts, max_new_tokens=max_new_tokens, compute=compute, seed=seed, name=name, **lengths
+        )
+        metrics = measure_kl(policy, reference, tokenizer, responses, compute, **lengths) | text_measures(responses)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise TrainingError(
+            f"out of memory while {name}: lower --max-new-tokens, --max-prompt-length or --trunk-gb, and run it again"
+        ) from error
     if true_reward is not None:
         rewards = torch.tensor([true_reward(r.prompt, r.text) for r in responses], dtype=torch.float64)
-        mean, error = mean_and_error(rewards)
-        metrics |= {"true_reward": mean, "true_reward_se": error, "true_reward_sd": rewards.std().item()}
+        mean, its_error = mean_and_error(rewards)
+        metrics |= {"true_reward": mean, "true_reward_se": its_error, "true_reward_sd": rewards.std().item()}
     return responses, metrics

@@ -49,8 +49,8 @@ def halved(pairs: int, where: str) -> int:
     """Half as many pairs for the next try after running out of memory; TrainingError if it was a single one."""
     if pairs == 1:
         raise TrainingError(
-            f"out of memory with a single pair a forward pass, at {where}: lower --max-length, or use a device with "
-            "more memory"
+            f"out of memory with a single pair a forward pass, at {where}: lower --max-length or --trunk-gb, or use "
+            "a device with more memory"
         )
     return -(-pairs // 2)
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -33,7 +33,8 @@ def finishing_first() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt("stopped at once")
         asked = number
         # os.write, since print may be what was interrupted
-        os.write(2, b"\nfinishing this update, then saving; once more stops at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nfinishing this update, then saving; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -43,4 +44,4 @@ def finishing_first() -> Iterator[Callable[[], int]]:
         yield lambda: asked
     finally:
         for number, handler in earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,14 +117,11 @@ class Unfinished:
         """
         about = {"step": state.step, "micro_size": state.micro_size, "scaler": state.scaler}
         with writing(self._at(state.step), self.made_from, about) as folder:
-            try:
-                save_file(state.weights, folder / WEIGHTS)
-                save_file(state.optimizer, folder / OPTIMIZER)
-            except SafetensorError as error:  # what the library makes of a full disk
-                raise OSError(None, str(error)) from error
+            save_file(state.weights, folder / WEIGHTS)
+            save_file(state.optimizer, folder / OPTIMIZER)
             (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in state.rows), encoding="utf-8")
         load_manifest(self._at(state.step))
-        for step in self.steps()[:-KEPT]:
+        for step in [step for step in self.steps() if step < state.step][: 1 - KEPT]:
             shutil.rmtree(self._at(step), ignore_errors=True)
 
     def begin_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -151,5 +147,5 @@ class Unfinished:
             manifest = load_manifest(self._at(steps[-1])) if steps else None
         except ArtefactError:
             return
-        if not steps or (manifest and manifest["made_from"] == self.made_from):
+        if manifest and manifest["made_from"] == self.made_from:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -45,12 +45,19 @@ class Stage:
 
     def load(self, compute: Compute | None = None) -> Any:
         """The model, in float32, dropout off, on the device of `compute` (the CPU without one)."""
+        self.require_unchanged()
         model = load_saved(self.folder)
         return model.to(compute.device) if compute else model
 
     def scores(self, part: str) -> PairScores:
         """Log-probabilities of the "train" or "held_out" pairs under this model, as stored with it."""
+        self.require_unchanged()
         return load_scores(self.folder, part)
+
+    def require_unchanged(self) -> None:
+        """ArtefactError if a file was damaged, or the folder made anew from other settings, since it was opened."""
+        if load_manifest(self.folder) != self.manifest:
+            raise ArtefactError(f"{self.folder} was made anew since it was opened: ask for it again, with its settings")
 
 
 def load_scores(folder: Path, part: str) -> PairScores:

@@ -67,21 +67,22 @@ def _json_lines(path: Path) -> Iterator[object]:
             if len(line) > MAX_LINE:
                 raise DataError(f"{path}: line {number} is longer than {MAX_LINE} bytes; is it one row a line?")
             if line.strip():
-                yield _json_row(line, number)
-
-
-def _json_row(line: bytes, number: int) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return Unreadable(f"line {number} cannot be read as JSON ({type(error).__name__})")
+                try:
+                    yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    yield Unreadable(f"line {number} of {path.name} is no JSON ({type(error).__name__})")
 
 
 def _parquet(path: Path) -> Iterator[object]:
-    from datasets import load_dataset
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-    # a local file, which has no revision; streaming reads it where it lies, without a copy in a cache
-    return iter(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    try:  # opened here: pyarrow and datasets take a path for a pattern of paths
+        with path.open("rb") as stream:
+            for batch in ParquetFile(stream).iter_batches():
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 def data_files(folder: Path) -> dict[str, list[Path]]:
@@ -128,15 +129,21 @@ def _load_hub(name: str, revision: str | None) -> tuple[dict[str, Iterable[objec
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:
-    """What decides the rows that `load_pairs` reads: name and commit, or the sha256 of each file."""
+    """What decides the rows that `load_pairs` reads: name and commit, or the sha256 of each file.
+
+    Raises DataError where it cannot be read.
+    """
     path = Path(settings.dataset)
     if settings.dataset == EMBEDDED:
         return {"name": EMBEDDED, "sha256": mini.fingerprint()}
-    if path.is_file():
-        return {"name": path.name, "sha256": file_hash(path)}
-    if path.is_dir():
-        files = [file for part in data_files(path).values() for file in part]
-        return {"name": path.name, "sha256": {file.relative_to(path).as_posix(): file_hash(file) for file in files}}
+    try:
+        if path.is_file():
+            return {"name": path.name, "sha256": file_hash(path)}
+        if path.is_dir():
+            files = [file for part in data_files(path).values() for file in part]
+            return {"name": path.name, "sha256": {file.relative_to(path).as_posix(): file_hash(file) for file in files}}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; check --dataset") from error
     return {"name": settings.dataset, "revision": settings.dataset_revision}
 
 

@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 
 from . import mini, parallel
 from .architectures import is_known
-from .checkpoints import load_manifest
 from .engine import FastPath
 from .evaluation import PairScores, measure_samples, score_pairs
 from .generation import Response
 from .models import freeze, frozen_part, save_model, weights_hash
 from .resume import Unfinished
-from .runs import LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, write_jsonl
+from .runs import FORMAT, LOGPROBS, METRICS, Stage, artefact, compute_of, open_stage, write_jsonl
 from .settings import EMBEDDED, Settings
 from .sources import PairData
 from .tokens import EncodedPair
@@ -99,7 +98,10 @@ def train_stage(
     }
     if curve_row:
         made_from["curve"] = [CURVE_PAIRS, settings.curve_points, settings.curve_prompts, settings.max_new_tokens]
-    unfinished = Unfinished(settings.run_dir / name, made_from, every=settings.save_every, resume=settings.resume)
+    # half a training may go on in smaller parts, as the advice after running out of memory says, but not otherwise
+    half = {**made_from, "format": FORMAT, "precision": compute_of(settings).precision}
+    half["plan"] = {key: value for key, value in asdict(plan).items() if key != "micro_batch_size"}
+    unfinished = Unfinished(settings.run_dir / name, half, every=settings.save_every, resume=settings.resume)
     pairs = data.train[: made_from.get("pairs")]
 
     def _train() -> tuple[Any, list[MetricsRow]]:
@@ -118,7 +120,7 @@ def train_stage(
 
     def _make(folder: Path) -> dict[str, Any]:
         model, rows = _train()
-        load_manifest(start.folder)  # the reference never moves: an ArtefactError if its files did
+        start.require_unchanged()  # the reference never moves
         is_reference = name == "sft" and settings.init_from == "sft"
         return save_stage(folder, settings, data, model, rows, is_reference=is_reference)
 

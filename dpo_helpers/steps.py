@@ -65,11 +65,13 @@ def get_data(settings: Settings) -> Data:
         **lengths,
     }
 
+    list_of_all = settings.run_dir / REJECTED  # of a data set that is refused; of one that is not, data/ holds it
+
     def _make(folder: Path) -> dict[str, Any]:
+        list_of_all.unlink(missing_ok=True)
         try:
             found = fit_pairs(load_pairs(settings), tokenizer, allow_dropped=settings.allow_dropped, **lengths)
         except RowsError as error:
-            list_of_all = settings.run_dir / REJECTED
             write_text(list_of_all, "".join(json.dumps(asdict(row)) + "\n" for row in error.findings))
             raise DataError(f"{error}; all of them are listed in {list_of_all}") from error
         for part in PARTS:
@@ -229,9 +231,10 @@ def get_evaluation(settings: Settings, stage: Stage) -> Evaluation:
         "model": stage.weights_sha256,
         "reference": reference.weights_sha256,
         "data": data.sha256,
+        "tokenizer": data.tokenizer_sha256,
         "beta": beta,
         "loss": [settings.loss_type, settings.label_smoothing],
-        **{k: getattr(settings, k) for k in ("prompts", "max_new_tokens", "max_prompt_length", "seed")},
+        **{k: getattr(settings, k) for k in ("prompts", "max_new_tokens", "max_length", "max_prompt_length", "seed")},
     }
 
     def _make(folder: Path) -> dict[str, Any]:
@@ -318,6 +321,7 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
     stages = (get_base(settings), get_sft(settings), get_dpo(settings))
     prompts = [single_turn(question) for question in (*STUDY_PROMPTS, *WORLD_PROMPTS)]
     made_from = {
+        "tokenizer": data.tokenizer_sha256,
         "models": {stage.name: stage.weights_sha256 for stage in stages},
         "prompts": prompts,
         **{k: getattr(settings, k) for k in ("max_new_tokens", "max_prompt_length", "seed")},
@@ -346,7 +350,11 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
 def get_final_model(settings: Settings) -> Path:
     """The DPO model in a folder that `GPT2LMHeadModel.from_pretrained` opens, with tokenizer and model card."""
     stage, data, comparison = get_dpo(settings), get_data(settings), get_comparison(settings)
-    made_from = {"model": stage.weights_sha256, "measured": {name: e.metrics for name, e in comparison.items()}}
+    tokenizer = {"tokenizer": data.tokenizer_sha256}
+    made_from = tokenizer | {
+        "model": stage.weights_sha256,
+        "measured": {name: e.metrics for name, e in comparison.items()},
+    }
 
     def _make(folder: Path) -> dict[str, Any]:
         save_model(stage.load(), data.tokenizer, folder)

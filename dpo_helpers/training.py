@@ -162,6 +162,7 @@ def train(
             if evaluate and run.done in points:
                 run.note({"step": run.done, "epoch": epoch, "split": "held_out", **evaluate(run.done)})
             run.keep(asked_to_stop())
+        run.keep(asked_to_stop(), saved=True)  # asked while the last checkpoint was written
     return run.rows
 
 
@@ -259,7 +260,8 @@ class _Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
-        self.rows, self.done, self.gradient.micro_size = list(state.rows), state.step, state.micro_size
+        self.rows, self.done = list(state.rows), state.step
+        self.gradient.micro_size = min(state.micro_size, self.plan.micro_batch_size)
 
     def state(self) -> TrainState:
         """What has to be kept to go on from here."""
@@ -271,20 +273,20 @@ class _Run:
         }
         return TrainState(self.done, weights, moments, self.rows, self.gradient.micro_size, self.scaler.state_dict())
 
-    def keep(self, signal_number: int) -> None:
-        """Save a checkpoint if one is due; after a signal save and raise `Interrupted`."""
+    def keep(self, signal_number: int, saved: bool = False) -> None:
+        """Save a checkpoint if one is due and not saved yet; after a signal save and raise `Interrupted`."""
         if self.unfinished is None:
             return
         signal_number = parallel.agreed(signal_number)  # of several processes, the first one's counts
         due = self.done % self.unfinished.every == 0 or self.done == self.total  # what follows may take long too
         if not (signal_number or due):
             return
-        if parallel.is_main():
+        if parallel.is_main() and not saved:
             self.unfinished.save(self.state())
         if signal_number:
             raise Interrupted(
                 f"{self.name}: interrupted after update {self.done} of {self.total}, saved in "
-                f"{self.unfinished.folder}; run the same again to go on",
+                f"{self.unfinished.folder}; run the same again to go on (without --fresh or --no-resume)",
                 signal_number,
             )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -37,6 +38,26 @@ def test_all_on_a_small_run(tmp_path):
     for made in ("results.json", "report.html", "generations.json", "dpo_gpt2_model_final/model.safetensors"):
         assert (tmp_path / "mini" / made).is_file(), made
     assert {p.name for p in tmp_path.iterdir()} == {"mini"}
+
+
+def test_fresh_moves_the_earlier_run_aside(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_PROFILE", "mini")
+    command = ["data", "--max-pairs", "16", "--held-out-pairs", "8", "--runs-dir", str(tmp_path)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    before = (tmp_path / "mini/data/manifest.json").stat().st_mtime_ns
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (tmp_path / "mini/data/manifest.json").stat().st_mtime_ns == before, "used again"
+    result = CliRunner().invoke(app, [*command, "--fresh"])
+    assert result.exit_code == 0
+    assert f"{tmp_path / 'mini'} is moved aside to {tmp_path / 'mini.old-1'}" in result.stdout
+    assert (tmp_path / "mini.old-1/data/manifest.json").stat().st_mtime_ns == before
+    assert (tmp_path / "mini/data/manifest.json").is_file()
+
+
+def test_versions_lists_what_is_installed():
+    result = CliRunner().invoke(app, ["versions"])
+    assert result.exit_code == 0
+    assert re.search(r"^transformers +5\.\S+ +wanted >=5\.5$", result.stdout, re.M)
 
 
 def test_help_documents_every_setting_with_both_profiles():

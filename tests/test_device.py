@@ -41,6 +41,21 @@ def test_what_is_not_there_is_an_error(monkeypatch, device, precision, message):
         pick_compute(device, precision)
 
 
+def test_a_gpu_that_is_not_there_is_an_error_that_names_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == "cuda:1" else (7, 5))
+    compute = pick_compute("cuda:1")
+    assert (compute.device, compute.precision) == (torch.device("cuda", 1), "bf16"), "of this GPU, not of the first"
+    with pytest.raises(SettingsError, match="device is 'cuda:2', but torch sees only cuda:0, cuda:1: use one of these"):
+        pick_compute("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        SettingsError, match="device is 'cuda:1', but torch sees no CUDA GPU: use --device cpu, or auto"
+    ):
+        pick_compute("cuda:1")
+
+
 def test_autocast_computes_in_the_precision_and_only_inside():
     a = torch.randn(4, 4)
     with Compute(torch.device("cpu"), "bf16").autocast():

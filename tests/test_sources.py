@@ -76,7 +76,7 @@ def test_max_pairs_limits_training_pairs_only(tmp_path):
     ("content", "message"),
     [
         ("", r"d\.jsonl is empty"),
-        ('{"chosen": "a"\n', r"d\.jsonl: 1 of 1 rows cannot be used .*line 1 cannot be read as JSON"),
+        ('{"chosen": "a"\n', r"d\.jsonl: 1 of 1 rows cannot be used .*line 1 of d.jsonl is no JSON"),
         (json.dumps({"chosen": ROWS[0]["chosen"]}) + "\n", r"d\.jsonl: 1 of 1 rows .*no 'rejected': .*first row 0"),
         (
             json.dumps(ROWS[0]) + "\n" + json.dumps({"chosen": None, "rejected": "x"}) + "\n",

@@ -110,10 +110,10 @@ def test_lines_that_are_no_json_are_rows_with_a_reason(tmp_path):
     (tmp_path / "d.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
     found = load_pairs(load_settings("mini", dataset=str(tmp_path / "d.jsonl"), max_pairs=None, held_out_pairs=10))
     assert {f.index: f.reason for f in found.findings} == {
-        7: "line 8 cannot be read as JSON (JSONDecodeError)",
-        50: "line 51 cannot be read as JSON (RecursionError)",
+        7: "line 8 of d.jsonl is no JSON (JSONDecodeError)",
+        50: "line 51 of d.jsonl is no JSON (RecursionError)",
         60: "it is str, not an object with 'chosen' and 'rejected'",
-        100: "line 101 cannot be read as JSON (UnicodeDecodeError)",
+        100: "line 101 of d.jsonl is no JSON (UnicodeDecodeError)",
     }
 
 

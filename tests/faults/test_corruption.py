@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_gpt2
+from dpo_helpers import checkpoints
 from dpo_helpers.checkpoints import MANIFEST, load_manifest, writing
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.models import save_model
@@ -151,3 +152,32 @@ def test_with_no_whole_checkpoint_it_begins_anew_and_keeps_what_is_left(unfinish
 def test_only_the_two_newest_are_kept_and_the_older_ones_go_only_then(unfinished):
     unfinished.save(state(30))
     assert unfinished.steps() == [20, 30]
+
+
+def test_saving_beside_a_damaged_newer_one_keeps_the_good_one_before(unfinished):
+    """Gone on from 10 because 20 is damaged, and stopped at 15."""
+    (unfinished.folder / "step-000020/weights.safetensors").write_bytes(b"")
+    unfinished.save(state(15))
+    assert unfinished.steps() == [10, 15, 20]
+    assert unfinished.newest().step == 15
+
+
+def test_a_disk_that_cannot_read_the_newest_checkpoint(unfinished, monkeypatch, capsys):
+    real = checkpoints.file_hash
+
+    def failing(path):
+        if "step-000020" in str(path):
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "file_hash", failing)
+    assert unfinished.newest().step == 10
+    assert "cannot be read ([Errno 5] Input/output error); the checkpoint before it is used" in capsys.readouterr().out
+
+
+def test_discarding_leaves_the_log_of_a_training_without_a_checkpoint(tmp_path):
+    """Another process, or a failed run whose NaN is in the log, may be all there is."""
+    other = Unfinished(tmp_path / "dpo", {"beta": 1.0})
+    other.begin_log([{"step": 1, "loss": float("nan")}])
+    Unfinished(tmp_path / "dpo", {"beta": 0.5}).discard()
+    assert (other.folder / "metrics.jsonl").is_file()

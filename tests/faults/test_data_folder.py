@@ -166,6 +166,29 @@ def test_flipped_bits_in_a_gzip_are_found_by_its_checksum(folder, survived):
     survived("flipped bits in a gzipped data file found and the file named", found, len(places))
 
 
+def test_a_parquet_files_name_is_no_pattern(tmp_path):
+    """ "a*.parquet" must not bring the rows of "ab-test.parquet" into training."""
+    import pandas as pd
+
+    pd.DataFrame(ROWS[:50]).to_parquet(tmp_path / "a*.parquet")
+    pd.DataFrame(ROWS[50:]).to_parquet(tmp_path / "ab-test.parquet")
+    found = load(tmp_path)
+    assert texts(found.train) <= {row["chosen"] for row in ROWS[:50]}
+    (tmp_path / "a*.parquet").rename(tmp_path / "a[1].parquet")
+    assert load(tmp_path).train == found.train
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.encode())
+    assert not load(tmp_path / "x.jsonl").findings
+
+
+def test_a_name_that_the_system_refuses_is_an_error_of_ours(tmp_path):
+    name = "x" * 300 + ".jsonl"
+    with pytest.raises(DataError, match=r"cannot be read: File name too long; check --dataset"):
+        data_identity(load_settings("mini", dataset=str(tmp_path / name)))
+
+
 def test_garbage_parquet_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(200) + b"PAR1")
     with pytest.raises(DataError, match=r"x\.parquet cannot be read: "):

@@ -13,7 +13,7 @@ from jupyter_client.manager import KernelManager
 from test_cli import small_options
 
 from conftest import ROOT, SMALL
-from dpo_helpers import checkpoints, steps
+from dpo_helpers import checkpoints, gradients, steps
 from dpo_helpers.checkpoints import holding, start_over, writing
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.interrupts import Interrupted, finishing_first
@@ -121,6 +121,45 @@ def test_a_second_signal_stops_at_once_and_the_handlers_come_back():
         assert asked() == signal.SIGTERM
         signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_not_swallowed(cpu, tmp_path, monkeypatch):
+    from test_training import pairs, plan
+
+    from conftest import tiny_gpt2
+    from dpo_helpers.resume import Unfinished
+    from dpo_helpers.training import sft_objective, train
+
+    real = Unfinished.save
+
+    def saving(self, state):
+        if state.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, state)
+
+    monkeypatch.setattr(Unfinished, "save", saving)
+    with pytest.raises(Interrupted, match="interrupted after update 6 of 6"):
+        train(tiny_gpt2(), pairs(), sft_objective, plan(), cpu, pad_id=0, unfinished=Unfinished(tmp_path / "x", {}))
+
+
+def test_an_out_of_memory_training_may_go_on_in_smaller_parts(small, monkeypatch):
+    """As the message to several processes advises; the half training must not be refused for it."""
+    from dataclasses import replace
+
+    forward, calls = gradients._Step.forward, []
+
+    def failing(step, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return forward(step, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gradients._Step, "forward", failing)
+        with pytest.raises(Interrupted):
+            steps.get_dpo(small)
+    stage = steps.get_dpo(replace(small, micro_batch_size=2))
+    assert [row["step"] for row in stage.metrics if row["split"] == "train"] == [1, 2, 3]
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

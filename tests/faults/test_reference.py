@@ -66,6 +66,16 @@ def test_the_stored_reference_is_the_same_after_training_and_is_watched(small, m
     assert not (small.run_dir / "sweep/beta-5").exists()
 
 
+def test_a_stage_that_was_made_anew_is_not_taken_for_the_old_one(small):
+    from dataclasses import replace
+
+    held = steps.get_sft(small)
+    steps.get_sft(replace(small, sft_learning_rate=1e-5))
+    for use in (held.load, lambda: held.scores("held_out")):
+        with pytest.raises(ArtefactError, match="sft was made anew since it was opened: ask for it again"):
+            use()
+
+
 def test_two_runs_of_the_same_settings_are_bit_equal(small, tmp_path, survived):
     from dataclasses import replace
 

@@ -561,7 +561,6 @@ HUB = {"load_dataset", "hf_hub_download", "snapshot_download", "cached_file", "f
 LOCAL = {
     ("models.py", "folder"): "load_saved: a folder that a step has written",
     ("models.py", "where"): "what models._location gives: a local folder, or a name with a commit",
-    ("sources.py", "parquet"): "a local file, named by data_files",
     ("07_generations.ipynb", "final"): "the folder that the step has just written",
 }
 
