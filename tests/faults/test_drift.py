@@ -2,15 +2,15 @@
 
 import json
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pressing import ctrl_c_in_update
 
 from conftest import SMALL, tiny_gpt2
-from dpo_helpers import gradients, steps
+from dpo_helpers import steps
 from dpo_helpers.checkpoints import file_hash
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.interrupts import Interrupted
@@ -36,20 +36,13 @@ def own(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def interrupted(own, monkeypatch):
+def interrupted(own):
     """A DPO training that Ctrl-C stopped in its second update."""
-    forward, calls = gradients._Step.forward, []
-
-    def pressing(step, *arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return forward(step, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(gradients._Step, "forward", pressing)
-        with pytest.raises(Interrupted, match=r"dpo: interrupted after update 2 of 4, saved in .*; run the same again"):
-            steps.get_dpo(own)
+    with (
+        ctrl_c_in_update(2),
+        pytest.raises(Interrupted, match=r"dpo: interrupted after update 2 of 4, saved in .*; run the same again"),
+    ):
+        steps.get_dpo(own)
     steps._tokenizer.cache_clear()  # a new session reads files anew
     return own
 

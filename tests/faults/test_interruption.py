@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from jupyter_client.manager import KernelManager
+from pressing import ctrl_c_in_update
 from test_cli import small_options
 
 from conftest import ROOT, SMALL
-from dpo_helpers import checkpoints, gradients, steps
+from dpo_helpers import checkpoints, steps
 from dpo_helpers.checkpoints import holding, start_over, writing
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.interrupts import Interrupted, finishing_first
@@ -142,22 +143,12 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_not_swallowed(cpu, tmp
         train(tiny_gpt2(), pairs(), sft_objective, plan(), cpu, pad_id=0, unfinished=Unfinished(tmp_path / "x", {}))
 
 
-def test_an_out_of_memory_training_may_go_on_in_smaller_parts(small, monkeypatch):
+def test_an_out_of_memory_training_may_go_on_in_smaller_parts(small):
     """As the message to several processes advises; the half training must not be refused for it."""
     from dataclasses import replace
 
-    forward, calls = gradients._Step.forward, []
-
-    def failing(step, *arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return forward(step, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(gradients._Step, "forward", failing)
-        with pytest.raises(Interrupted):
-            steps.get_dpo(small)
+    with ctrl_c_in_update(2), pytest.raises(Interrupted):
+        steps.get_dpo(small)
     stage = steps.get_dpo(replace(small, micro_batch_size=2))
     assert [row["step"] for row in stage.metrics if row["split"] == "train"] == [1, 2, 3]
 
