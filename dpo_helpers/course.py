@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -13,6 +16,7 @@ from tqdm import tqdm
 
 from .checkpoints import write_text
 from .errors import CourseError
+from .interrupts import Interrupted
 from .report import make_report
 from .settings import Settings
 from .steps import FINAL_MODEL
@@ -32,7 +36,8 @@ def notebooks_dir() -> Path:
 def execute(source: Path, target: Path, profile: str) -> float:
     """Execute one notebook and save the result as `target`, also after an error; returns the seconds it took.
 
-    Raises CourseError naming the notebook, the cell and the error.
+    Raises CourseError naming the notebook, the cell and the error, and Interrupted after Ctrl-C or SIGTERM, which the
+    running cell gets as JupyterLab's stop button gives it: a training ends its update and saves.
     """
     notebook = nbformat.read(source, as_version=4)
     code = sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -43,16 +48,38 @@ def execute(source: Path, target: Path, profile: str) -> float:
             resources={"metadata": {"path": str(source.parent)}},
             on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip
+        asked = _interrupts_of(client)
         try:
             client.execute(env={**os.environ, **QUIET, "DPO_PROFILE": profile})
         except (CellExecutionError, DeadKernelError) as error:
             done = sum(bool(cell.get("execution_count")) for cell in notebook.cells if cell.cell_type == "code")
+            if asked:
+                why = getattr(error, "evalue", "") or "run the same again to go on; finished steps are kept"
+                raise Interrupted(f"{source.name}, code cell {done}: {why}", asked[0]) from None
             last = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             raise CourseError(f"{source.name}, code cell {done}: {last}; see {target}") from error
         finally:
             notebook.metadata.pop("language_info", None)
             write_text(target, nbformat.writes(notebook) + "\n")
     return time.perf_counter() - started
+
+
+def _interrupts_of(client: NotebookClient) -> list[int]:
+    """Have signals interrupt the running cell, where nbclient would end the kernel; returns the signals as they come."""
+    asked: list[int] = []
+
+    def _interrupt(number: int) -> None:
+        asked.append(number)
+        asyncio.ensure_future(client.km.interrupt_kernel())  # noqa: RUF006  # the loop outlives it
+
+    def _start(**_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # not on Windows, and not outside the main thread
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                asyncio.get_running_loop().add_signal_handler(number, _interrupt, number)
+
+    client.on_notebook_start = _start
+    return asked
 
 
 def run_course(settings: Settings, *, in_place: bool = False) -> None:

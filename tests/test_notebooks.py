@@ -1,7 +1,10 @@
 """The committed notebooks: executed, checked, alike at their start, free of machine traces, runnable alone."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -93,6 +96,33 @@ def test_a_notebook_runs_when_opened_alone(name, tmp_path, monkeypatch):
     assert source.read_bytes() == before
     executed = json.loads((tmp_path / "out.ipynb").read_text(encoding="utf-8"))
     assert all(cell["execution_count"] for cell in executed["cells"] if cell["cell_type"] == "code")
+
+
+CTRL_C = """
+import nbformat, sys
+from pathlib import Path
+from dpo_helpers.course import execute
+from dpo_helpers.interrupts import Interrupted
+cell = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+notebook = nbformat.v4.new_notebook(
+    cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell(cell)],
+    metadata={"kernelspec": {"name": "python3", "display_name": "x"}},
+)
+nbformat.write(notebook, "slow.ipynb")
+try:
+    execute(Path("slow.ipynb"), Path("out.ipynb"), "mini")
+except Interrupted as stop:
+    print(stop.signal, stop)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal handlers in an event loop")
+def test_a_signal_reaches_the_running_cell_and_ends_the_course_with_a_word(tmp_path):
+    """The cell asks for it itself: it terminates the process that executes the notebook."""
+    result = subprocess.run([sys.executable, "-c", CTRL_C], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert result.stdout == "15 slow.ipynb, code cell 2: run the same again to go on; finished steps are kept\n", result
+    assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept"
 
 
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
