@@ -41,23 +41,23 @@ def execute(source: Path, target: Path, profile: str) -> float:
     """
     notebook = nbformat.read(source, as_version=4)
     code = sum(cell.cell_type == "code" for cell in notebook.cells)
+    begun: list[int] = []
     started = time.perf_counter()
     with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
         client = NotebookClient(
             notebook, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(source.parent)}},
-            on_cell_executed=lambda **_: bar.update(),
+            on_cell_execute=lambda **_: begun.append(1), on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip
         asked = _interrupts_of(client)
         try:
             client.execute(env={**os.environ, **QUIET, "DPO_PROFILE": profile})
         except (CellExecutionError, DeadKernelError) as error:
-            done = sum(bool(cell.get("execution_count")) for cell in notebook.cells if cell.cell_type == "code")
             if asked:
                 why = getattr(error, "evalue", "") or "run the same again to go on; finished steps are kept"
-                raise Interrupted(f"{source.name}, code cell {done}: {why}", asked[0]) from None
+                raise Interrupted(f"{source.name}, code cell {len(begun)}: {why}", asked[0]) from None
             last = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
-            raise CourseError(f"{source.name}, code cell {done}: {last}; see {target}") from error
+            raise CourseError(f"{source.name}, code cell {len(begun)}: {last}; see {target}") from error
         finally:
             notebook.metadata.pop("language_info", None)
             write_text(target, nbformat.writes(notebook) + "\n")
@@ -65,7 +65,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
 
 
 def _interrupts_of(client: NotebookClient) -> list[int]:
-    """Have signals interrupt the running cell, where nbclient would end the kernel; returns the signals as they come."""
+    """Have signals interrupt the running cell, where nbclient would end the kernel; returns the signals that came."""
     asked: list[int] = []
 
     def _interrupt(number: int) -> None:

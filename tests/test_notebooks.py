@@ -129,7 +129,11 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
     from dpo_helpers.errors import CourseError
 
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("raise ValueError('no')")],
+        cells=[
+            nbformat.v4.new_code_cell("1", execution_count=1),
+            nbformat.v4.new_code_cell("raise ValueError('no')", execution_count=2),
+            nbformat.v4.new_code_cell("3", execution_count=3),
+        ],
         metadata={"kernelspec": {"name": "python3", "display_name": "x"}},
     )
     nbformat.write(notebook, tmp_path / "bad.ipynb")
