@@ -106,7 +106,7 @@ endef
 	@touch $@
 
 .venv/.dev: .venv/.course
-	$(PIP) $(SELF) -e '.[dev]'
+	$(PIP) $(SELF) -e '.[dev,site]'
 	@touch $@
 
 clean:

@@ -34,6 +34,6 @@ def test_killed_at_each_of_30_updates_with_dropout_on(tmp_path, survived):
 
 @pytest.mark.slow(35)
 def test_killed_on_the_fast_path_of_the_embedded_model(tmp_path, survived, is_long):
-    kills = range(1, 31) if is_long else (2, 17, 29)
+    kills = range(1, 31) if is_long else (17,)
     same = kill("mini", tmp_path, kills)
     survived("1 kills survived bit for bit: embedded GPT-2, fast path, evaluations between", same, len(kills))

@@ -248,7 +248,7 @@ def test_a_hashed_install_checks_all_but_torch_from_another_index(make, index):
         "--no-deps --only-binary :all: --require-hashes -r .venv/hashed.txt",
         *(["-c constraints.txt --index-url ADDRESS torch"] if index else []),
         "-c constraints.txt --no-deps --no-build-isolation -e .",
-        "-c constraints.txt --no-deps --no-build-isolation -e '.[dev]'",
+        "-c constraints.txt --no-deps --no-build-isolation -e '.[dev,site]'",
     ]
     _, without, _ = make("-n", "test")
     assert "--require-hashes" not in without
