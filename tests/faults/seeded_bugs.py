@@ -104,9 +104,9 @@ def run_tests(nodes: list[str]) -> int:
 
 def run_notebook(name: str) -> int:
     """Run the code cells of a notebook in this process, set-up apart: 0 to the end, 1 where one of its checks fails."""
-    import nbformat
-
     from functools import partial
+
+    import nbformat
 
     from dpo_helpers import device
     from dpo_helpers.device import pick_compute
