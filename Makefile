@@ -17,7 +17,7 @@ SELF := $(if $(HASHES),--no-deps --no-build-isolation)
 TOOLS := build/tools/bin
 RESOLVE := $(TOOLS)/uv pip compile -q --universal --python-version 3.10 --only-binary :all: --no-annotate --no-header
 
-.PHONY: course test lint unit notebooks lab regenerate lock audit licences clean
+.PHONY: course test lint unit notebooks test-browser lab regenerate site links lock audit licences clean
 course: .venv/.course
 	$(BIN)/python -m dpo_helpers course --profile $(PROFILE)
 
@@ -38,14 +38,28 @@ notebooks: .venv/.dev
 	rm -rf build/nbval-runs
 	TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error DPO_PROFILE=mini \
 	  DPO_RUNS_DIR=$(CURDIR)/build/nbval-runs \
-	  $(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=900 notebooks
+	  $(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=900 notebooks/[0-9]*.ipynb
+
+# What a reader does, in headless Chromium: run notebooks 4 and 5 in JupyterLab, move the sliders; read the site.
+test-browser: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/browser
 
 lab: .venv/.course
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
 # Execute the notebooks and keep the outputs in them; then read the differences before committing.
 regenerate: .venv/.dev
+	$(BIN)/python -m dpo_helpers lesson
 	DPO_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m dpo_helpers course --profile mini --in-place
+	cp runs/mini/figures/06-frontier.png docs/frontier.png
+
+# The notebooks as pages that need no network, neither to build nor to read: open build/site/index.html in a browser.
+site: .venv/.dev
+	$(BIN)/python docs/build_site.py
+
+# Optional, and needs a network: does every other site that the notebooks link to answer?
+links: .venv/.dev
+	$(BIN)/python docs/build_site.py --links
 
 # Optional, with tools of their own. The first: resolve constraints.txt, keeping what still fits, and hash these versions.
 lock: build/tools/.made

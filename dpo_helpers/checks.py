@@ -8,7 +8,7 @@ from .settings import Settings
 
 
 def check(name: str, got: float, want: float, tol: float, only: Settings | None = None) -> None:
-    """Print "name: want ± tol ok" if |got - want| <= tol, else raise AssertionError with the value.
+    """Print "name: want ok (tolerance tol)" if |got - want| <= tol, else raise AssertionError with the value.
 
     only: settings of this run, for a number that was measured on the mini profile: under other settings the
     value is printed without an expectation.
@@ -18,7 +18,7 @@ def check(name: str, got: float, want: float, tol: float, only: Settings | None 
         return
     if not (math.isfinite(got) and abs(got - want) <= tol):
         raise AssertionError(f"{name}: got {got:.6g}, want {want:g} ± {tol:g}")
-    print(f"{name}: {want:g} ± {tol:g} ok")
+    print(f"{name}: {want:g} ok (tolerance {tol:g})")
 
 
 def check_that(claim: str, holds: bool, only: Settings | None = None) -> None:

@@ -223,6 +223,17 @@ def versions() -> None:
             print(f"{row.package:18s} {row.installed!s:12s} wanted {row.wanted}")
 
 
+@app.command()
+def lesson() -> None:
+    """For authors: copy what all notebooks share into each, and write notebooks/exercises/ without the solutions."""
+    from .course import notebooks_dir
+    from .lesson import write_lessons
+
+    with _plain_errors():
+        for path in write_lessons(notebooks_dir()):
+            print(path)
+
+
 @app.command("build-mini")
 def build_mini_command(
     out: Annotated[Path, typer.Option(help="folder for the model and tokenizer")] = Path("mini-model"),

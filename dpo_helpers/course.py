@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -22,6 +23,7 @@ from .settings import Settings
 from .steps import FINAL_MODEL
 from .untrusted import visible
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -59,9 +61,18 @@ def execute(source: Path, target: Path, profile: str) -> float:
             last = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             raise CourseError(f"{source.name}, code cell {len(begun)}: {last}; see {target}") from error
         finally:
-            notebook.metadata.pop("language_info", None)
+            for key in ("language_info", "widgets"):
+                notebook.metadata.pop(key, None)
+            _drop_widgets(notebook)
             write_text(target, nbformat.writes(notebook) + "\n")
     return time.perf_counter() - started
+
+
+def _drop_widgets(notebook: Any) -> None:
+    """Drop sliders from the outputs: without a kernel they show nothing, and each run gives them another id."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
 
 
 def _interrupts_of(client: NotebookClient) -> list[int]:

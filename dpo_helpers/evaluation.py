@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from .device import Compute
 from .engine import FastPath
-from .errors import TrainingError
+from .errors import DataError, TrainingError
 from .generation import Response, distinct_n, ends_in_a_loop, repeated_share, sample
 from .gradients import halved
 from .kl import sequence_kl
-from .logprobs import pair_logprobs
+from .logprobs import pair_logprobs, token_logprobs
 from .losses import pair_losses
 from .tokens import EncodedPair, by_length, collate, encode_text
 from .uncertainty import mean_and_error
@@ -103,6 +103,24 @@ def score_pairs(
     return PairScores(chosen, rejected, *lengths)
 
 
+@torch.no_grad()
+def token_logratios(policy: Any, reference: Any, pair: EncodedPair, compute: Compute) -> tuple[Tensor, Tensor]:
+    """log π_θ - log π_ref of each token of a pair's responses: [C] of the chosen, [R] of the rejected, on the CPU.
+
+    Their sums are the pair's log-ratios, which are the rewards over β. End-of-text is a token like any other. Raises
+    DataError where the prompt is empty, so that nothing predicts the first token.
+    """
+    if not pair.prompt:
+        raise DataError(f"row {pair.index}: the prompt is empty, so nothing predicts the first response token")
+    batch = collate([pair], pad_id=0).to(compute.device)  # any id pads: masks go by position
+    run = {"input_ids": batch.ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    with compute.autocast():
+        of_policy, of_reference = (token_logprobs(model(**run).logits, batch.ids) for model in (policy, reference))
+    ratios, scored = of_policy - of_reference, batch.response_mask[:, 1:]  # [2, T-1] each
+    chosen, rejected = (ratios[side][scored[side]].cpu() for side in (0, 1))
+    return chosen, rejected
+
+
 def pair_values(
     policy: PairScores, reference: PairScores, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
@@ -146,7 +164,6 @@ def longer_wins(pairs: PairScores) -> tuple[float, float]:
     return (longer > 0).float().mean().item(), (longer == 0).float().mean().item()
 
 
-@torch.no_grad()
 def measure_kl(
     policy: Any,
     reference: Any,
@@ -159,9 +176,30 @@ def measure_kl(
 ) -> dict[str, float]:
     """KL(policy ‖ reference) in nats a response, on responses sampled from the policy at temperature 1.
 
-    Returns kl (exact next-token KL of each sampled prefix, summed over tokens), k1 and k3, each with its
-    standard error over prompts (`_se`); see `kl.sequence_kl`. A response cut at max_new_tokens counts up to
-    the cut: the KL of responses of at most that length.
+    Returns the means of `response_kls`, kl, k1 and k3, each with its standard error over prompts (`_se`).
+    """
+    lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
+    result: dict[str, float] = {}
+    for key, values in response_kls(policy, reference, tokenizer, responses, compute, **lengths).items():
+        result[key], result[f"{key}_se"] = mean_and_error(values)
+    return result
+
+
+@torch.no_grad()
+def response_kls(
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    responses: Sequence[Response],
+    compute: Compute,
+    *,
+    max_prompt_length: int,
+    batch_size: int = 16,
+) -> dict[str, Tensor]:
+    """Of each sampled response, [N] in their order: kl (the exact next-token KL, summed over its tokens), k1 and k3.
+
+    See `kl.sequence_kl`. A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that
+    length.
     """
     rows = [
         EncodedPair(encode_text(tokenizer, r.prompt)[-max_prompt_length:], r.ids, r.ids, index=i)
@@ -180,10 +218,8 @@ def measure_kl(
             logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
         for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
             estimates[key].append(value.cpu())
-    result: dict[str, float] = {}
-    for key, values in estimates.items():
-        result[key], result[f"{key}_se"] = mean_and_error(torch.cat(values))
-    return result
+    back = torch.tensor(order).argsort()
+    return {key: torch.cat(values)[back] for key, values in estimates.items()}
 
 
 def text_measures(responses: Sequence[Response]) -> dict[str, float]:

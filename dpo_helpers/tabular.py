@@ -6,6 +6,8 @@ down, so whatever gradient descent finds is the loss's own doing: no sampling, n
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +59,7 @@ def dpo_optimum(world: TabularWorld, beta: float) -> Tensor:
 def ipo_optimum(world: TabularWorld, beta: float) -> Tensor:
     """π ∝ π_ref · exp(P/β), [K], where P_i is how often i beats a response drawn like those of the pairs.
 
-    IPO has the win rate P where DPO has the reward (Azar et al. 2023, section 4): P lies in [0, 1], so no preference,
+    IPO has the win rate P where DPO has the reward (Azar et al. 2023, section 5): P lies in [0, 1], so no preference,
     however certain, can drive a probability to 0. Here a response also meets itself, as in the closed form: P_ii = ½.
     """
     return (world.reference.log() + win_probabilities(world).mean(dim=1) / beta).softmax(dim=0)
@@ -95,23 +97,47 @@ def fit(
     optimizer: "descent", plain gradient descent, by default at the rate 1 / (largest possible curvature), under which
     the loss falls at every step; or "rmsprop", as in the course, which needs a rate.
     """
-    size = len(world.reward)
-    logits = world.reference.log().clone().requires_grad_()
     if rate is None:
         if optimizer != "descent":
             raise SettingsError(f"rate is None, but optimizer {optimizer!r} needs one")
         # d²loss/dh² is at most 2 (squared) or β²/4 (logistic, robust, where smoothing takes none of it away); a logit
-        # takes part in 2 of size comparisons
-        rate = size / 4 / (2.0 if loss_type == "ipo" else beta**2 / 4)
+        # takes part in 2 of K comparisons
+        rate = len(world.reward) / 4 / (2.0 if loss_type == "ipo" else beta**2 / 4)
+
+    def loss(log_policy: Tensor) -> Tensor:
+        return expected_loss(world, log_policy, wins, beta, loss_type, label_smoothing)
+
+    (log_policy,) = deque(_descend(loss, world.reference.log(), steps, rate, optimizer), maxlen=1)
+    return log_policy
+
+
+def follow(
+    loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, rate: float, optimizer: str = "descent"
+) -> Tensor:
+    """Probabilities of the K responses while a loss is minimised: [steps + 1, K], the first row those of the start.
+
+    loss: from log-probabilities [K] to a scalar; start: log-probabilities [K]; optimizer: "descent" or "rmsprop", as
+    in `fit`. Updates move the logits of one softmax, so no response can change alone.
+    """
+    return torch.stack([log_policy.exp() for log_policy in _descend(loss, start, steps, rate, optimizer)])
+
+
+def _descend(
+    loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, rate: float, optimizer: str
+) -> Iterator[Tensor]:
+    """Log-probabilities [K] at the start and after each update. SettingsError on an unknown optimizer."""
     kinds = {"descent": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
     if optimizer not in kinds:
         raise SettingsError(f"optimizer is {optimizer!r}, but must be one of {', '.join(kinds)}")
+    logits = start.detach().clone().requires_grad_()
     updates = kinds[optimizer]([logits], lr=rate)
     for _ in range(steps):
+        log_policy = logits.log_softmax(dim=0)
+        yield log_policy.detach()
         updates.zero_grad()
-        expected_loss(world, logits.log_softmax(dim=0), wins, beta, loss_type, label_smoothing).backward()  # type: ignore[no-untyped-call]
+        loss(log_policy).backward()  # type: ignore[no-untyped-call]
         updates.step()
-    return logits.detach().log_softmax(dim=0)
+    yield logits.detach().log_softmax(dim=0)
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:

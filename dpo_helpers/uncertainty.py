@@ -50,8 +50,9 @@ def bootstrap_mean(
 def paired_difference(first: Tensor | Sequence[float], second: Tensor | Sequence[float], **options: float) -> Interval:
     """Bootstrap interval of mean(first) - mean(second), where both were measured on the same pairs or prompts.
 
-    The two are resampled together, so what makes a pair hard for both models cancels: the interval is narrower
-    than that of two separate samples. Raises ValueError for different lengths; options as in `bootstrap_mean`.
+    The two are resampled together, so what makes a pair hard for both models cancels: where their values rise and
+    fall together, the interval is narrower than that of two separate samples. Raises ValueError for different
+    lengths; options as in `bootstrap_mean`.
     """
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (first, second))
     if a.shape != b.shape:

@@ -6,7 +6,7 @@ from dpo_helpers.settings import load_settings
 
 def test_prints_the_expectation_not_the_value(capsys):
     check("loss", 0.69314, 0.693, 2e-3)
-    assert capsys.readouterr().out == "loss: 0.693 ± 0.002 ok\n"
+    assert capsys.readouterr().out == "loss: 0.693 ok (tolerance 0.002)\n"
 
 
 @pytest.mark.parametrize("got", [0.7, float("nan"), float("inf")])

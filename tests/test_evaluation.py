@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_gpt2
+from dpo_helpers.errors import DataError
 from dpo_helpers.evaluation import (
     PairScores,
     longer_wins,
@@ -11,8 +12,10 @@ from dpo_helpers.evaluation import (
     measure_samples,
     pair_values,
     preference_metrics,
+    response_kls,
     score_pairs,
     text_measures,
+    token_logratios,
 )
 from dpo_helpers.generation import Response, sample
 from dpo_helpers.logprobs import pair_logprobs
@@ -85,6 +88,8 @@ def test_kl_is_that_of_a_plain_loop(cpu):
         positions = range(len(prompt) - 1, ids.shape[1] - 1)
         totals.append(sum((p[t].exp() * (p[t] - q[t])).sum().item() for t in positions))
     assert got["kl"] == pytest.approx(sum(totals) / 3, rel=1e-4)
+    each = response_kls(policy, other, Tokens(), responses, cpu, max_prompt_length=10, batch_size=2)
+    assert each["kl"].tolist() == pytest.approx(totals, rel=1e-4), "in the order of the responses, not of their lengths"
 
 
 def test_text_measures_by_hand():
@@ -151,3 +156,38 @@ def test_measure_samples_adds_the_true_reward_where_it_is_known(cpu):
     )
     assert (graded["true_reward"], graded["true_reward_se"]) == (1.5, 0.5)
     assert graded["true_reward_sd"] == pytest.approx(0.5**0.5)
+
+
+def test_token_logratios_are_the_differences_token_by_token(cpu):
+    """Against one forward pass for each response alone, without padding, a softmax at a time in float64."""
+    policy, reference = tiny_gpt2(1), tiny_gpt2(2)
+    pair = EncodedPair([3, 4, 0], [5, 6, 7, 0], [9, 0])
+    found = token_logratios(policy, reference, pair, cpu)
+    for side, response in zip(found, (pair.chosen, pair.rejected), strict=True):
+        expected = []
+        for i, token in enumerate(response):
+            before = torch.tensor([pair.prompt + response[:i]])
+            with torch.no_grad():
+                chances = [
+                    model(before).logits[0, -1].double().softmax(0)[token].item() for model in (policy, reference)
+                ]
+            expected.append(math.log(chances[0] / chances[1]))
+        assert side.tolist() == pytest.approx(expected, abs=1e-4)
+        assert not side.requires_grad
+    assert [len(side) for side in found] == [4, 2]
+    assert max(side.abs().max() for side in found) > 0.1, "the models differ"
+
+
+def test_token_logratios_sum_to_the_logratios(cpu):
+    policy, reference = tiny_gpt2(1), tiny_gpt2(2)
+    for pair in (EncodedPair([3], [5], [9, 8, 0]), EncodedPair([3, 4], [5, 6, 0], [0])):
+        of_policy, of_reference = (score_pairs(model, [pair], cpu, pad_id=0) for model in (policy, reference))
+        sums = [side.sum().item() for side in token_logratios(policy, reference, pair, cpu)]
+        expected = [
+            (of_policy.chosen - of_reference.chosen).item(),
+            (of_policy.rejected - of_reference.rejected).item(),
+        ]
+        assert sums == pytest.approx(expected, abs=1e-4)
+    assert all(side.abs().max() == 0 for side in token_logratios(policy, policy, pair, cpu))
+    with pytest.raises(DataError, match=r"row 7: .*prompt is empty"):
+        token_logratios(policy, reference, EncodedPair([], [5], [6], index=7), cpu)

@@ -24,7 +24,8 @@ def cells(path, kind="code"):
 
 
 def test_the_seven_are_there_and_no_other():
-    assert sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb")) == [p.name for p in PATHS]
+    found = sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert found == [*(p.name for p in PATHS), "_template.ipynb"]
 
 
 @each
@@ -53,6 +54,7 @@ def test_set_up_cells_are_the_same_everywhere(path):
     first, profile = cells(path)[:2]
     expected_first, expected_profile = cells(PATHS[0])[:2]
     assert (first.source, profile.source) == (expected_first.source, expected_profile.source)
+    assert "setup" in first.metadata.tags
     assert "parameters" in profile.metadata.tags
     assert profile.source.startswith('PROFILE = "mini"')
 

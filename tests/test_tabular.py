@@ -108,3 +108,41 @@ def test_label_smoothing_for_flipped_labels(world):
     assert tabular.total_variation(robust, target) < 1e-3
     smoothed = tabular.fit(world, clean, 1.0, label_smoothing=0.2).exp()
     assert tabular.total_variation(smoothed, plain) < 1e-3
+
+
+def test_follow_by_hand():
+    """Two even responses, loss -log p₀, rate 1: the logits' difference grows by 2(1-p₀), from 0 to 1, then to 1.53788.
+
+    So p₀ goes ½ → σ(1) = 0.731059 → σ(1.537883) = 0.823157.
+    """
+    start = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    history = tabular.follow(lambda log_policy: -log_policy[0], start, steps=2, rate=1.0)
+    assert history[:, 0].tolist() == pytest.approx([0.5, 0.731059, 0.823157], abs=1e-6)
+    assert history.sum(dim=1).tolist() == pytest.approx([1.0] * 3)
+    assert not history.requires_grad
+    assert start.tolist() == [math.log(0.5)] * 2, "the start is not touched"
+
+
+def test_follow_with_rmsprop_by_hand():
+    """Its first update is 1/√0.01 = 10 times the rate in each logit, whatever the gradient: 0.01 makes σ(0.2)."""
+    start = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    history = tabular.follow(lambda log_policy: -log_policy[0], start, 1, 0.01, optimizer="rmsprop")
+    assert history[1, 0].item() == pytest.approx(1 / (1 + math.exp(-0.2)), abs=1e-6)
+
+
+def test_follow_starts_where_it_is_told_and_ends_where_fit_does(world):
+    wins = tabular.infinite_preferences(world)
+    losses = {"sigmoid": 1.0, "ipo": 0.1}
+    for loss_type, beta in losses.items():
+        history = tabular.follow(
+            lambda log_policy: tabular.expected_loss(world, log_policy, wins, beta, loss_type),  # noqa: B023
+            world.reference.log(), steps=40, rate=0.5,
+        )  # fmt: skip
+        assert history.shape == (41, 20)
+        torch.testing.assert_close(history[0], world.reference)
+        fitted = tabular.fit(world, wins, beta, loss_type=loss_type, steps=40, rate=0.5)
+        assert torch.equal(history[-1], fitted.exp())
+        assert tabular.total_variation(history[0], history[-1]) > 0.01
+    assert tabular.follow(lambda log_policy: -log_policy[0], world.reference.log(), 0, 1.0).shape == (1, 20)
+    with pytest.raises(SettingsError, match="adam"):
+        tabular.follow(lambda log_policy: -log_policy[0], world.reference.log(), 1, 1.0, optimizer="adam")

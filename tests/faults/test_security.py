@@ -267,8 +267,8 @@ def test_no_label_is_read_as_a_formula(tmp_path):
 def test_a_label_shows_every_character_of_a_name():
     assert Text(0, 0)._preprocess_math("$x$") == ("$x$", True), "this is what matplotlib does without"
     for name in ("$x$", r"\$x$", "costs 5 $", "$", "$$", r"\alpha $\alpha$", "x"):
-        assert Text(0, 0)._preprocess_math(figures._label(name)) == (name, False)
-    assert figures._label("$" * 1000) == r"\$" * 39 + "…"
+        assert Text(0, 0)._preprocess_math(figures.label(name)) == (name, False)
+    assert figures.label("$" * 1000) == r"\$" * 39 + "…"
 
 
 def test_json_files_hold_escapes_only(tmp_path):

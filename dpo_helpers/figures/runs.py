@@ -1,4 +1,4 @@
-"""Figures. Each is drawn from a run, saved as PNG, and described in one printed sentence."""
+"""Figures of a run: its data, its trainings, and what was measured of its models."""
 
 from __future__ import annotations
 
@@ -6,63 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import study
-from .evaluation import Evaluation
-from .tabular import TabularWorld
-from .training import MetricsRow
-from .untrusted import one_line
-
-COLOURS = sns.color_palette("colorblind")
-MODEL_COLOUR = {"reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0]}
-MODEL_MARKER = {"reference": "o", "sft": "s", "dpo": "D"}
-
-
-def _new(columns: int = 1, rows: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    sns.set_theme(style="whitegrid", palette="colorblind", rc={
-        "text.usetex": False,  # whatever the reader's configuration says: labels are not for LaTeX
-        "figure.facecolor": "white", "savefig.facecolor": "white", "savefig.transparent": False,
-        "axes.titlesize": "medium", "legend.frameon": True,
-    })  # fmt: skip
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _label(name: str) -> str:
-    """A name of data or of a model as a label, shortened: matplotlib would read $…$ in it as a formula."""
-    text = one_line(name)
-    return (text if len(text) <= 40 else text[:39] + "…").replace("$", r"\$")
-
-
-def _finish(figure: Figure, folder: Path | None, name: str, summary: str) -> str:
-    """Save the figure as folder/name.png (nowhere without a folder), show it, print its summary."""
-    summary = one_line(summary)
-    figure.tight_layout()
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Description": summary, "Software": None})
-    if "inline" in plt.get_backend():
-        plt.show()
-    plt.close(figure)
-    print(summary)
-    return summary
+from .. import study
+from ..evaluation import Evaluation
+from ..tabular import TabularWorld
+from ..training import MetricsRow
+from .canvas import COLOURS, MODEL_COLOUR, MODEL_MARKER, finish, label, new
 
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]], folder: Path | None = None) -> str:
     """Histograms of token lengths, by name ("prompt", "chosen", "rejected")."""
-    figure, (axis,) = _new(width=6)
+    figure, (axis,) = new(width=6)
     for colour, (name, values) in zip(COLOURS, lengths.items(), strict=False):
-        sns.histplot(x=list(values), ax=axis, label=_label(name), color=colour, element="step", alpha=0.25, bins=30)
+        sns.histplot(x=list(values), ax=axis, label=label(name), color=colour, element="step", alpha=0.25, bins=30)
     axis.set(xlabel="tokens", ylabel="pairs", title="Lengths of the training pairs")
     axis.legend()
     means = ", ".join(f"{name} {np.mean(list(values)):.0f}" for name, values in lengths.items())
-    return _finish(figure, folder, "01-lengths", f"Histogram of token lengths; mean lengths: {means} tokens.")
+    return finish(figure, folder, "01-lengths", f"Histogram of token lengths; mean lengths: {means} tokens.")
 
 
 def _smooth(values: Sequence[float], window: int) -> np.ndarray[Any, Any]:
@@ -71,7 +35,8 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray[Any, Any]:
     return np.convolve(x, np.ones(window) / window, mode="valid")
 
 
-def _curve(axis: Axes, rows: Sequence[MetricsRow], key: str, label: str, colour: Any) -> None:
+def curve(axis: Axes, rows: Sequence[MetricsRow], key: str, name: str, colour: Any) -> None:
+    """One metric over updates: training (moving mean) as a line, held-out pairs as points with standard errors."""
     train = [row for row in rows if row["split"] == "train" and key in row]
     held = [row for row in rows if row["split"] == "held_out" and key in row]
     if key == "reward_accuracy":
@@ -79,23 +44,30 @@ def _curve(axis: Axes, rows: Sequence[MetricsRow], key: str, label: str, colour:
     window = max(1, len(train) // 20)
     if train:
         smooth = _smooth([row[key] for row in train], window)
-        axis.plot([row["step"] for row in train][window - 1 :], smooth, color=colour, lw=1.2, alpha=0.6)
+        axis.plot(
+            [row["step"] for row in train][window - 1 :],
+            smooth,
+            color=colour,
+            lw=1.2,
+            alpha=0.6,
+            label=f"{name}, training",
+        )
     if held:
         errors = [row.get(f"{key}_se", 0.0) for row in held]
         axis.errorbar(
             [row["step"] for row in held], [row[key] for row in held], yerr=errors, color=colour, marker="o", ms=4,
-            lw=1.5, capsize=2, label=f"{label}, held out",
+            lw=1.5, capsize=2, label=f"{name}, held out",
         )  # fmt: skip
 
 
 def plot_sft(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
     """Loss of supervised fine-tuning, training (moving mean) and held-out pairs, over updates."""
-    figure, (axis,) = _new(width=6)
-    _curve(axis, rows, "loss", "loss", COLOURS[1])
+    figure, (axis,) = new(width=6)
+    curve(axis, rows, "loss", "loss", COLOURS[1])
     axis.set(xlabel="update", ylabel="nats a token", title="SFT: negative log-likelihood of chosen responses")
     axis.legend()
     held = [row["loss"] for row in rows if row["split"] == "held_out"]
-    return _finish(
+    return finish(
         figure, folder, "03-sft",
         f"SFT loss on held-out chosen responses goes from {held[0]:.2f} to {held[-1]:.2f} nats a token.",
     )  # fmt: skip
@@ -103,7 +75,7 @@ def plot_sft(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
 
 def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0.1, 0.5, 1.0, 5.0)) -> str:
     """The DPO loss, and the weight β·σ(−margin) of its gradient, over the log-ratio margin, for several β."""
-    figure, (left, right) = _new(2)
+    figure, (left, right) = new(2)
     x = np.linspace(-6, 6, 241)
     for colour, beta in zip(COLOURS, betas, strict=False):
         left.plot(x, np.logaddexp(0, -beta * x), color=colour, label=f"β = {beta:g}")
@@ -111,7 +83,7 @@ def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0
     left.set(xlabel="log-ratio margin", ylabel="loss", title="DPO loss", ylim=(0, 4))
     right.set(xlabel="log-ratio margin", ylabel="β·σ(−reward margin)", title="Weight of the gradient", yscale="log")
     left.legend()
-    return _finish(
+    return finish(
         figure, folder, "04-gradient-weight",
         "All losses meet at ln 2 where the margin is 0; a larger β is steeper on the wrong side of 0 and flat sooner "
         "on the right side.",
@@ -120,7 +92,7 @@ def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0
 
 def _baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
     for style, (name, value) in zip((":", "--", "-."), baselines.items(), strict=False):
-        axis.axhline(value, color="grey", ls=style, lw=1.2, label=f"{_label(name)}: {value:.2f}")
+        axis.axhline(value, color="grey", ls=style, lw=1.2, label=f"{label(name)}: {value:.2f}")
 
 
 def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder: Path | None = None) -> str:
@@ -128,30 +100,30 @@ def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder:
 
     baselines: accuracies to compare with, by name ("longer wins", "best possible").
     """
-    figure, (loss, rewards, margin, accuracy) = _new(2, 2)
-    _curve(loss, rows, "loss", "loss", COLOURS[0])
+    figure, (loss, rewards, margin, accuracy) = new(2, 2)
+    curve(loss, rows, "loss", "loss", COLOURS[0])
     loss.axhline(np.log(2), color="grey", ls=":", label="ln 2")
-    _curve(rewards, rows, "chosen_reward", "chosen", COLOURS[2])
-    _curve(rewards, rows, "rejected_reward", "rejected", COLOURS[3])
-    _curve(margin, rows, "reward_margin", "margin", COLOURS[0])
-    _curve(accuracy, rows, "reward_accuracy", "accuracy", COLOURS[0])
+    curve(rewards, rows, "chosen_reward", "chosen", COLOURS[2])
+    curve(rewards, rows, "rejected_reward", "rejected", COLOURS[3])
+    curve(margin, rows, "reward_margin", "margin", COLOURS[0])
+    curve(accuracy, rows, "reward_accuracy", "accuracy", COLOURS[0])
     _baselines(accuracy, baselines)
     titles = ("DPO loss", "Implicit rewards", "Reward margin", "Reward accuracy")
     for axis, title in zip((loss, rewards, margin, accuracy), titles, strict=True):
         axis.set(title=title, xlabel="update")
         axis.legend(fontsize="small")
     last = [row for row in rows if row["split"] == "held_out"][-1]
-    return _finish(
+    return finish(
         figure, folder, "05-dpo-training",
         f"On held-out pairs DPO ends at loss {last['loss']:.2f}, reward margin {last['reward_margin']:.2f} and "
         f"accuracy {last['reward_accuracy']:.2f} ({', '.join(f'{n}: {v:.2f}' for n, v in baselines.items())}).",
     )  # fmt: skip
 
 
-def _point(axis: Axes, evaluation: Evaluation, key: str, label: str, colour: Any, marker: str) -> None:
+def _point(axis: Axes, evaluation: Evaluation, key: str, name: str, colour: Any, marker: str) -> None:
     m = evaluation.metrics
     axis.errorbar(
-        m["kl"], m[key], xerr=m["kl_se"], yerr=m[f"{key}_se"], label=_label(label), color=colour, marker=marker, ms=8,
+        m["kl"], m[key], xerr=m["kl_se"], yerr=m[f"{key}_se"], label=label(name), color=colour, marker=marker, ms=8,
         capsize=3, ls="none",
     )  # fmt: skip
 
@@ -159,7 +131,7 @@ def _point(axis: Axes, evaluation: Evaluation, key: str, label: str, colour: Any
 def plot_reward_kl(evaluations: Mapping[str, Evaluation], folder: Path | None = None) -> str:
     """Models on the reward-KL plane: implicit reward margin, and true reward where it is known, against the KL."""
     known = all("true_reward" in e.metrics for e in evaluations.values())
-    figure, axes = _new(2 if known else 1)
+    figure, axes = new(2 if known else 1)
     for name, evaluation in evaluations.items():
         colour, marker = MODEL_COLOUR.get(name, COLOURS[0]), MODEL_MARKER.get(name, "o")
         _point(axes[0], evaluation, "reward_margin", name, colour, marker)
@@ -171,7 +143,7 @@ def plot_reward_kl(evaluations: Mapping[str, Evaluation], folder: Path | None = 
         axis.legend()
     key = "true_reward" if known else "reward_margin"
     points = ", ".join(f"{n} ({e.metrics['kl']:.2f}, {e.metrics[key]:.2f})" for n, e in evaluations.items())
-    return _finish(figure, folder, "05-reward-kl", f"(KL, {key.replace('_', ' ')}) with standard errors: {points}.")
+    return finish(figure, folder, "05-reward-kl", f"(KL, {key.replace('_', ' ')}) with standard errors: {points}.")
 
 
 def plot_sweep(
@@ -179,7 +151,7 @@ def plot_sweep(
 ) -> str:
     """The β sweep: rewards, KL, accuracy and, where it is known, the true reward of samples, over β."""
     known = all("true_reward" in e.metrics for e in evaluations.values())
-    figure, axes = _new(2, 2)
+    figure, axes = new(2, 2)
     betas = sorted(evaluations)
     series: list[tuple[Axes, str, str, Any]] = [
         (axes[0], "chosen_reward", "chosen", COLOURS[2]), (axes[0], "rejected_reward", "rejected", COLOURS[3]),
@@ -187,10 +159,10 @@ def plot_sweep(
         (axes[2], "reward_accuracy", "accuracy", COLOURS[0]),
         (axes[3], "true_reward" if known else "reward_margin", "mean", COLOURS[2]),
     ]  # fmt: skip
-    for axis, key, label, colour in series:
+    for axis, key, name, colour in series:
         values = [evaluations[b].metrics[key] for b in betas]
         errors = [evaluations[b].metrics[f"{key}_se"] for b in betas]
-        axis.errorbar(betas, values, yerr=errors, label=label, color=colour, marker="o", capsize=3)
+        axis.errorbar(betas, values, yerr=errors, label=name, color=colour, marker="o", capsize=3)
     titles = ("Implicit rewards, held out", "Distance from π_ref", "Reward accuracy, held out",
               "True reward of samples" if known else "Reward margin, held out")  # fmt: skip
     for axis, title in zip(axes, titles, strict=True):
@@ -200,7 +172,7 @@ def plot_sweep(
     for axis in axes[:3]:
         axis.legend(fontsize="small")
     kls = ", ".join(f"{evaluations[b].metrics['kl']:.2f} at β = {b:g}" for b in betas)
-    return _finish(figure, folder, "06-beta-sweep", f"Measured KL to the reference: {kls}.")
+    return finish(figure, folder, "06-beta-sweep", f"Measured KL to the reference: {kls}.")
 
 
 def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluation, folder: Path | None = None) -> str:
@@ -210,7 +182,7 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
     large. reference: measured; it is where all runs start. Without a known true reward only the margin is drawn.
     """
     keys = ("true_reward", "reward_margin") if "true_reward" in reference.metrics else ("reward_margin",)
-    figure, axes = _new(len(keys), width=5.2, height=4)
+    figure, axes = new(len(keys), width=5.2, height=4)
     for axis, key in zip(axes, keys, strict=True):
         for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
             _path(axis, [row for row in rows if key in row], key, reference.metrics[key], name, colour)
@@ -220,12 +192,12 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
     axes[-1].legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
     ends = ", ".join(f"{name} {rows[-1][keys[0]]:.2f} at KL {rows[-1]['kl']:.2f}" for name, rows in runs.items())
     summary = f"{keys[0].replace('_', ' ').capitalize()} at the end of each training: {ends}."
-    return _finish(figure, folder, "06-frontier", summary)
+    return finish(figure, folder, "06-frontier", summary)
 
 
 def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str, colour: Any) -> None:
     x, y = [0.0, *(row["kl"] for row in points)], [start, *(row[key] for row in points)]
-    axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=_label(name))
+    axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=label(name))
     last = points[-1]
     axis.errorbar(
         last["kl"], last[key], xerr=last["kl_se"], yerr=last[f"{key}_se"], color=colour, marker="D", ms=7, capsize=3
@@ -243,7 +215,7 @@ def plot_study(
     Loss by epoch (ours: by fifth of the run), reward against "KL" (both from the chosen log-ratio), "KL" over β; in the
     last also the measured KL.
     """
-    figure, (loss, plane, by_beta) = _new(3, width=4.2)
+    figure, (loss, plane, by_beta) = new(3, width=4.2)
     ours, theirs = COLOURS[0], COLOURS[3]
     epochs = range(1, len(study.LOSS_BY_EPOCH) + 1)
     loss.plot(epochs, study.LOSS_BY_EPOCH, color=theirs, marker="s", label="study, by epoch")
@@ -261,9 +233,9 @@ def plot_study(
     plane.set(xlabel="“KL” = chosen log-ratio", ylabel="“reward”", title="Reward against “KL”")
     betas = sorted(sweep)
     by_beta.plot(list(study.SWEEP_KL), list(study.SWEEP_KL.values()), color=theirs, marker="s", label="study, “KL”")
-    for key, label, style in (("chosen_logratio", "ours, “KL”", "-"), ("kl", "ours, measured KL", "--")):
+    for key, name, style in (("chosen_logratio", "ours, “KL”", "-"), ("kl", "ours, measured KL", "--")):
         values, errors = ([sweep[b].metrics[k] for b in betas] for k in (key, f"{key}_se"))
-        by_beta.errorbar(betas, values, yerr=errors, color=ours, marker="o", ls=style, capsize=3, label=label)
+        by_beta.errorbar(betas, values, yerr=errors, color=ours, marker="o", ls=style, capsize=3, label=name)
     by_beta.set(xscale="log", xlabel="β", title="“KL” and measured KL")
     for axis in (loss, plane, by_beta):
         axis.legend(fontsize="x-small")
@@ -272,7 +244,7 @@ def plot_study(
         f"From β = {betas[0]:g} to {betas[-1]:g} the chosen log-ratio goes from {low['chosen_logratio']:.2f} to "
         f"{high['chosen_logratio']:.2f}, the measured KL from {low['kl']:.2f} to {high['kl']:.2f}."
     )
-    return _finish(figure, folder, "06-study", summary)
+    return finish(figure, folder, "06-study", summary)
 
 
 def plot_tabular(
@@ -282,12 +254,12 @@ def plot_tabular(
 
     policies: probabilities [K] by name; gaps: total variation distance to π* by number of preferences.
     """
-    figure, (left, right) = _new(2, width=5.2)
+    figure, (left, right) = new(2, width=5.2)
     order = world.reward.argsort(descending=True)
     x = np.arange(len(order))
     left.bar(x, world.reference[order].numpy(), color="lightgrey", label="π_ref")
     for colour, marker, (name, policy) in zip(COLOURS, "ox+s^", policies.items(), strict=False):
-        left.plot(x, policy[order].numpy(), color=colour, marker=marker, ls="none", label=_label(name))
+        left.plot(x, policy[order].numpy(), color=colour, marker=marker, ls="none", label=label(name))
     left.set(xlabel="response, best first", ylabel="probability", title="Where the losses end", xticks=x[::2])
     n, gap = np.array(list(gaps)), np.array(list(gaps.values()))
     right.plot(n, gap, color=COLOURS[0], marker="o", label="DPO")
@@ -297,12 +269,12 @@ def plot_tabular(
     for axis in (left, right):
         axis.legend(fontsize="small")
     text = ", ".join(f"{gap:.3f} with {n:,}" for n, gap in gaps.items())
-    return _finish(figure, folder, "04-tabular", f"Total variation distance to π* by number of preferences: {text}.")
+    return finish(figure, folder, "04-tabular", f"Total variation distance to π* by number of preferences: {text}.")
 
 
 def plot_text_measures(evaluations: Mapping[str, Evaluation], folder: Path | None = None) -> str:
     """Bars of length, share of ended responses, repeated 3-grams, loops and distinct-2, a bar a model."""
-    figure, axes = _new(5, width=2.5)
+    figure, axes = new(5, width=2.5)
     keys = {"length": "length, tokens", "ended": "ended by itself", "repeated_3grams": "repeated 3-grams",
             "looping": "ends in a loop", "distinct_2": "distinct-2"}  # fmt: skip
     names = list(evaluations)
@@ -310,8 +282,8 @@ def plot_text_measures(evaluations: Mapping[str, Evaluation], folder: Path | Non
         values = [evaluations[n].metrics[key] for n in names]
         errors = [evaluations[n].metrics.get(f"{key}_se", float("nan")) for n in names]
         colours = [MODEL_COLOUR.get(n, COLOURS[0]) for n in names]
-        axis.bar(list(map(_label, names)), values, yerr=errors, color=colours, capsize=3)
+        axis.bar(list(map(label, names)), values, yerr=errors, color=colours, capsize=3)
         axis.set(title=title)
         axis.tick_params(axis="x", rotation=30)
     lengths = ", ".join(f"{n} {evaluations[n].metrics['length']:.0f}" for n in names)
-    return _finish(figure, folder, "07-text-measures", f"Mean length of sampled responses in tokens: {lengths}.")
+    return finish(figure, folder, "07-text-measures", f"Mean length of sampled responses in tokens: {lengths}.")

@@ -1,0 +1,572 @@
+"""The pictures that explain, read back from their artists: what is drawn must be what was given or can be derived."""
+
+import math
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+from PIL import Image
+
+from dpo_helpers import figures, tabular
+from dpo_helpers.evaluation import Evaluation
+from dpo_helpers.figures import canvas, worlds
+from dpo_helpers.flat import flatten
+from dpo_helpers.tokens import EncodedPair, collate
+
+NAN = math.nan
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, in order, instead of closed ones."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(canvas.plt, "close", found.append)
+        yield found
+    for figure in found:
+        plt.close(figure)
+
+
+def heights(axis):
+    return [bar.get_height() for bar in axis.patches]
+
+
+def ticks(axis, which="x"):
+    return [label.get_text() for label in getattr(axis, f"get_{which}ticklabels")()]
+
+
+def lines(axis):
+    """Data of the lines of an axis: [(x, y), …]."""
+    return [
+        (np.asarray(x, float).tolist(), np.asarray(y, float).tolist()) for x, y in (a.get_data() for a in axis.lines)
+    ]
+
+
+def has_line(axis, x, y):
+    near = [a for a in lines(axis) if len(a[0]) == len(x) and np.allclose(a[0], x) and np.allclose(a[1], y, atol=1e-6)]
+    return bool(near)
+
+
+def legend_of(artist):
+    """Text -> colour of the legend of an axis or of a figure."""
+    legend = artist.legends[0] if hasattr(artist, "legends") else artist.get_legend()
+    return {t.get_text(): h for t, h in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+
+
+# tokens
+
+
+def test_batch_layout(drawn):
+    """Two pairs; the second one's chosen response is cut, so no end-of-text; its prompt is the id that pads.
+
+    The first chosen response holds that id in its middle, which is no end: kinds go by position.
+    """
+    pairs = [EncodedPair([5, 6], [0, 8, 0], [7, 0], index=11), EncodedPair([0], [7], [0], index=4)]
+    said = figures.plot_batch_layout(collate(pairs, 0), pad_id=0)
+    (axis,) = drawn[0].axes
+    mesh = axis.collections[0]
+    assert mesh.get_array().reshape(4, 5).tolist() == [
+        [1, 1, 2, 2, 3],
+        [1, 2, 0, 0, 0],
+        [1, 1, 2, 3, 0],
+        [1, 3, 0, 0, 0],
+    ]
+    assert ticks(axis, "y") == ["chosen, pair 11", "chosen, pair 4", "rejected, pair 11", "rejected, pair 4"]
+    shown = {name: to_rgb(handle.get_facecolor()) for name, handle in legend_of(axis).items()}
+    for kind, name in enumerate(("padding", "prompt", "response", "its end-of-text")):
+        assert shown[name] == pytest.approx(to_rgb(mesh.to_rgba(kind)))
+    assert axis.get_ylim() == (4, 0), "the first row is at the top"
+    assert said == (
+        "2 pairs are 4 rows of 5 positions: 6 prompt tokens, 7 response tokens, 3 of them end-of-text, and padding."
+    )
+
+
+def test_token_logprobs(drawn):
+    said = figures.plot_token_logprobs([" a", "\n", "$x$", " "], [-0.5, -2.0, -0.25, -1.0])
+    (axis,) = drawn[0].axes
+    assert heights(axis) == [-0.5, -2.0, -0.25, -1.0]
+    assert ticks(axis) == ["a", "↵", r"\$x\$", "␣"]
+    colours = [to_rgb(bar.get_facecolor()) for bar in axis.patches]
+    assert [colour == colours[1] for colour in colours] == [False, True, False, False], "the most surprising is marked"
+    assert said == "Of 4 tokens the most surprising one is “↵” with -2.00 nats."
+
+
+def test_many_tokens_go_on_in_a_second_row(drawn):
+    """49 tokens, one more than fit: 25 and 24, on the same scale; the first of two equal surprises is marked."""
+    logps = [-0.1 * (i % 7) for i in range(49)]
+    figures.plot_token_logprobs([str(i) for i in range(49)], logps)
+    first, second = drawn[0].axes
+    assert (len(first.patches), len(second.patches)) == (25, 24)
+    assert heights(first) + heights(second) == logps
+    assert ticks(first) + ticks(second) == [str(i) for i in range(49)]
+    assert first.get_ylim() == second.get_ylim()
+    assert first.get_xlim() == second.get_xlim()
+    colours = [to_rgb(bar.get_facecolor()) for axis in (first, second) for bar in axis.patches]
+    assert [i for i, colour in enumerate(colours) if colour != colours[0]] == [6]
+    with pytest.raises(ValueError, match="zip"):
+        figures.plot_token_logprobs(["a"], [-1.0, -2.0])
+
+
+def packed(prompt, chosen, rejected):
+    return flatten([EncodedPair(list(range(1, prompt + 1)), [7] * chosen, [8] * rejected)])
+
+
+def mask_of(figure, n):
+    return figure.axes[0].collections[0].get_array().reshape(n, n).tolist()
+
+
+def test_pair_mask(drawn):
+    """Prompt p q, chosen a b (its end is left out), rejected c: 1 read by the prompt, 2 by chosen, 3 by rejected."""
+    said = figures.plot_pair_mask(packed(2, 3, 2), ["p", "q", " a", "b", "$"])
+    assert mask_of(drawn[0], 5) == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [2, 2, 2, 0, 0],
+        [2, 2, 2, 2, 0],
+        [3, 3, 0, 0, 3],
+    ]
+    (axis,) = drawn[0].axes
+    assert ticks(axis) == ["p", "q", "a", "b", r"\$"]
+    assert [int(text.split()[-1]) for text in ticks(axis, "y")] == [0, 1, 2, 3, 2], "rejected positions start again"
+    assert {x[0] for x, _ in lines(axis) if x[0] == x[1]} == {2, 4}, "borders after the prompt and after chosen"
+    assert said == (
+        "5 tokens in one row: 2 of the prompt, 2 chosen, 1 rejected; 13 of 25 places are read, 0 of them between the "
+        "two responses."
+    )
+
+
+def test_padding_of_the_rows_reads_nothing(drawn):
+    """Rows of 2 + 4 and 2 + 3 tokens share a group, so the shorter one is padded: 1+2 + (3+4+5+6) + (3+4+5) = 33."""
+    flat = packed(2, 5, 4)
+    assert [tuple(group.shape) for group in flat.groups] == [(2, 6)]
+    assert "33 of 81 places are read, 0 of them between" in figures.plot_pair_mask(flat, list("abcdefghi"))
+    assert mask_of(drawn[0], 9)[0] == [1] + [0] * 8
+
+
+def test_a_mask_that_leaks_is_seen(drawn):
+    """Were the responses in one row, at positions that go on, the rejected token would read both chosen ones."""
+    flat = packed(2, 3, 2)
+    groups = torch.tensor([[0, 1, 2, 3, 4]]), torch.tensor([[0, 1]])
+    leaking = replace(flat, groups=groups, positions=torch.tensor([0, 1, 2, 3, 4]))
+    assert "15 of 25 places are read, 2 of them between the two responses" in figures.plot_pair_mask(
+        leaking, list("pqabc")
+    )
+    assert mask_of(drawn[0], 5)[4] == [3, 3, 3, 3, 3]
+
+
+def test_a_long_pair_has_fewer_labels_at_their_tokens(drawn):
+    """100 tokens, a label every third of them, each at its own place."""
+    figures.plot_pair_mask(packed(50, 26, 26), [f"t{i}" for i in range(100)])
+    (axis,) = drawn[0].axes
+    assert ticks(axis) == [f"t{i}" for i in range(0, 100, 3)]
+    assert axis.get_xticks().tolist() == [i + 0.5 for i in range(0, 100, 3)]
+    with pytest.raises(ValueError, match="zip"):
+        figures.plot_pair_mask(packed(2, 3, 2), ["too", "few"])
+
+
+def test_token_logratios(drawn):
+    """Largest |log-ratio| 2: colours at 0 (-2), 3/4 (+1) and 5/8 (+0.5) of the colour map."""
+    said = figures.plot_token_logratios([(" ab", 1.0), ("\n", -2.0)], [("$5", 0.5)])
+    chosen, rejected, bar = drawn[0].axes
+    boxes = [(box.get_x(), box.get_width(), to_rgb(box.get_facecolor())) for box in chosen.patches + rejected.patches]
+    colours = plt.get_cmap("PuOr_r")
+    assert [box[:2] for box in boxes] == [(0, 3), (3, 1), (0, 2)]
+    for box, place in zip(boxes, (0.75, 0.0, 0.625), strict=True):
+        assert box[2] == pytest.approx(to_rgb(colours(place)))
+    assert [text.get_text() for text in [*chosen.texts, *rejected.texts]] == [" ab", "↵", r"\$5"]
+    assert bar.get_xlim() == (-2, 2)
+    assert chosen.get_title(loc="left") == "chosen: log-ratio -1.00"
+    assert said == (
+        "Token by token: the chosen log-ratio is -1.00, its largest part -2.00 at “↵”; "
+        "the rejected log-ratio is +0.50, its largest part +0.50 at “$5”."
+    )
+
+
+def test_running_text_breaks_lines_and_stays_in_its_boxes(drawn):
+    """Of 98 characters a line, 24 tokens of four fit: 60 tokens are 24 + 24 + 12. One long token is shortened to 40."""
+    figures.plot_token_logratios([("word", 0.0)] * 60, [("x" * 500, 0.0)])
+    chosen, rejected, bar = drawn[0].axes
+    places = [(box.get_x(), math.floor(box.get_y())) for box in chosen.patches]
+    assert places == [(4 * (i % 24), i // 24) for i in range(60)]
+    assert chosen.get_ylim() == (3, 0)
+    assert rejected.patches[0].get_width() == 40
+    assert rejected.texts[0].get_text() == "x" * 39 + "…"
+    assert bar.get_xlim() == (-1, 1), "all 0: a scale is still there"
+    drawn[0].canvas.draw()
+    renderer = drawn[0].canvas.get_renderer()
+    for axis in (chosen, rejected):
+        for box, text in zip(axis.patches, axis.texts, strict=True):
+            outer, inner = box.get_window_extent(renderer), text.get_window_extent(renderer)
+            assert outer.x0 - 1 <= inner.x0, text.get_text()
+            assert inner.x1 <= outer.x1 + 1, text.get_text()
+            assert outer.x1 <= drawn[0].bbox.x1
+
+
+def test_one_pair(drawn):
+    """β = 0.1, log-ratios 2 and -5: rewards 0.2 and -0.5, margin 0.7, loss ln(1 + e^-0.7) = 0.40319."""
+    said = figures.plot_one_pair((-10.0, -20.0), (-12.0, -15.0), 0.1)
+    logps, ratios, rewards, ends = drawn[0].axes
+    assert heights(logps) == [-12, -15, -10, -20]
+    assert [round(bar.get_x() + bar.get_width() / 2, 6) for bar in logps.patches] == [-0.2, 0.8, 0.2, 1.2]
+    assert heights(ratios) == [2, -5]
+    assert heights(rewards) == pytest.approx([0.2, -0.5])
+    assert heights(ends) == pytest.approx([0.7, 0.40319], abs=1e-5)
+    assert [text.get_text() for text in ends.texts] == ["0.70", "0.40"]
+    assert ticks(ratios) == ticks(rewards) == ["chosen", "rejected"]
+    names = {name: to_rgb(handle.get_facecolor()) for name, handle in legend_of(logps).items()}
+    assert to_rgb(logps.patches[0].get_facecolor()) == names["π_ref"]
+    assert to_rgb(logps.patches[2].get_facecolor()) == names["π_θ"] != names["π_ref"]
+    assert said == (
+        "Log-ratios +2.00 (chosen) and -5.00 (rejected), times β = 0.1, are rewards +0.20 and -0.50: the margin is +0.70 "
+        "and the loss 0.40."
+    )
+
+
+def test_next_tokens(drawn):
+    """Four tokens by their largest probability; a token that a model's mapping lacks has no bar there."""
+    said = figures.plot_next_tokens({"sft": {"a": 0.5, "b": 0.3, "c": 0.2}, "dpo": {" d": 0.6, "a": 0.4}})
+    (axis,) = drawn[0].axes
+    assert ticks(axis) == ["d", "a", "b", "c"]
+    assert heights(axis) == pytest.approx([NAN, 0.5, 0.3, 0.2, 0.6, 0.4, NAN, NAN], nan_ok=True)
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches]
+    assert centres == pytest.approx([-0.2, 0.8, 1.8, 2.8, 0.2, 1.2, 2.2, 3.2])
+    assert to_rgb(legend_of(axis)["dpo"].get_facecolor()) == to_rgb(axis.patches[4].get_facecolor())
+    assert said == "The likeliest first token of each model: sft “a” with 0.50, dpo “ d” with 0.60."
+
+
+def test_next_tokens_are_eight_at_most_and_each_model_has_its_likeliest(drawn):
+    """Three models without a common token: the first two of each, then the third of the first two."""
+    found = {m: {f"{m}{i}": 0.3 - 0.05 * i - 0.01 * k for i in range(5)} for k, m in enumerate("xyz")}
+    figures.plot_next_tokens(found)
+    assert ticks(drawn[0].axes[0]) == ["x0", "y0", "z0", "x1", "y1", "z1", "x2", "y2"]
+
+
+# worlds
+
+
+def areas(axis):
+    """(bottom, top) of each stacked area at each update, by area."""
+    found = []
+    for area in axis.collections:
+        points = area.get_paths()[0].vertices
+        found.append([(points[points[:, 0] == x, 1].min(), points[points[:, 0] == x, 1].max()) for x in (0, 1)])
+    return np.round(found, 6).tolist()
+
+
+def test_mass(drawn, tmp_path):
+    histories = {
+        "one": torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]),
+        "$two$": torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], requires_grad=True),
+    }
+    said = figures.plot_mass(histories, ["a", "b$", "c"], tmp_path, "03-mass")
+    one, two = drawn[0].axes
+    assert areas(one) == [[[0, 0.5], [0, 0.6]], [[0.5, 0.8], [0.6, 0.9]], [[0.8, 1], [0.9, 1]]]
+    assert areas(two) == [[[0, 0.5], [0, 0.1]], [[0.5, 0.8], [0.1, 0.2]], [[0.8, 1], [0.2, 1]]]
+    assert [axis.get_title() for axis in (one, two)] == ["one", r"\$two\$"]
+    assert list(legend_of(drawn[0])) == ["a", r"b\$", "c"]
+    assert one.get_xlim() == (0, 1)
+    assert said == (
+        "Probabilities from first to last update. one: a 0.50 → 0.60, b$ 0.30 → 0.30, c 0.20 → 0.10; "
+        "$two$: a 0.50 → 0.10, b$ 0.30 → 0.10, c 0.20 → 0.80."
+    )
+    assert (tmp_path / "03-mass.png").exists()
+    with pytest.raises(ValueError, match="zip"):
+        figures.plot_mass(histories, ["a", "b"])
+
+
+@pytest.mark.parametrize(("panels", "axes"), [(1, 1), (4, 4), (5, 6)])
+def test_mass_of_many_histories_and_responses(drawn, panels, axes):
+    """Twelve responses have twelve colours; panels without a history are empty."""
+    even = torch.full((2, 12), 1 / 12)
+    figures.plot_mass({str(i): even for i in range(panels)}, [f"r{i}" for i in range(12)])
+    assert len(drawn[0].axes) == axes
+    assert [len(axis.collections) for axis in drawn[0].axes] == [12] * panels + [0] * (axes - panels)
+    assert len({tuple(area.get_facecolor()[0]) for area in drawn[0].axes[0].collections}) == 12
+
+
+def test_loss_and_weight(drawn):
+    """β = 1, margin ln 3: σ(-ln 3) = 1/4 is the weight, ln(4/3) the loss; the tangent reaches 2 to each side."""
+    margin, loss = math.log(3), math.log(4 / 3)
+    said = figures.plot_loss_and_weight(margin, 1.0)
+    left, right = drawn[0].axes
+    assert has_line(left, [margin], [loss])
+    assert has_line(left, [margin - 2, margin + 2], [loss + 0.5, loss - 0.5])
+    assert has_line(right, [margin], [0.25])
+    (x, losses), (_, weights) = lines(left)[0], lines(right)[0]
+    assert (x[0], x[120], x[240]) == (-6, 0, 6)
+    assert losses[120] == pytest.approx(math.log(2))
+    assert weights[120] == 0.5
+    assert losses[0] == pytest.approx(6.002476, abs=1e-6)
+    assert weights[240] == pytest.approx(0.002473, abs=1e-6)
+    slopes = np.gradient(losses, x)[1:-1]
+    assert np.allclose(slopes, -np.array(weights)[1:-1], atol=1e-3), "the weight is the loss's slope"
+    assert said == "With β = 1, at margin 1.09861 the loss is 0.29 and the weight 0.25."
+
+
+def test_a_margin_outside_the_usual_range_is_on_the_sheet(drawn):
+    figures.plot_loss_and_weight(-20.0, 0.5)
+    left, right = drawn[0].axes
+    for axis, y in ((left, 10.0000454), (right, 0.4999773)):
+        assert has_line(axis, [-20.0], [y])
+        low, high = axis.get_xlim()
+        bottom, top = axis.get_ylim()
+        assert low < -20 < high
+        assert bottom < y < top
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is displayed in the notebook."""
+    found = []
+    monkeypatch.setattr("IPython.display.display", lambda *things, **_: found.extend(things))
+    return found
+
+
+def points(figure):
+    """The marked margin and its loss, and the marked margin and its weight."""
+    return [[(x[0], round(y[0], 5)) for x, y in lines(axis) if len(x) == 1] for axis in figure.axes]
+
+
+def test_explore_loss(drawn, shown, monkeypatch):
+    """β = 0.5, margins -2, 0, 3: ln(1+e), ln 2, ln(1+e^-1.5); weights σ(1)/2, 1/4, σ(-1.5)/2. Then the sliders."""
+    cleared = []
+    monkeypatch.setattr("ipywidgets.widgets.interaction.clear_output", lambda wait=False: cleared.append(wait))
+    said = figures.explore_loss(0.5)
+    assert said == (
+        "With β = 0.5, at margin -2 the loss is 1.31 and the weight 0.37; at margin 0 the loss is 0.69 and the weight "
+        "0.25; at margin 3 the loss is 0.20 and the weight 0.09."
+    )
+    assert points(drawn[0]) == [
+        [(-2, 1.31326), (0, 0.69315), (3, 0.20141)],
+        [(-2, 0.36553), (0, 0.25), (3, 0.09121)],
+    ]
+    (panel,) = shown
+    margin, beta = panel.children[:2]
+    assert (margin.min, margin.max, beta.min, beta.max, beta.value) == (-6, 6, 0.1, 5, 0.5)
+    assert points(drawn[1]) == [[(0, 0.69315)], [(0, 0.25)]]
+    margin.value = 2.0
+    assert points(drawn[2]) == [[(2, 0.31326)], [(2, 0.13447)]]
+    beta.value = 2.0
+    assert points(drawn[3]) == [[(2, 0.01815)], [(2, 0.03597)]]
+    assert drawn[3].axes[0].get_title() == "DPO loss, β = 2"
+    assert len(drawn) == 4, "one figure a change"
+    assert cleared == [True] * 3, "each takes the place of the one before"
+
+
+def test_explore_loss_without_ipywidgets(drawn, shown, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    said = figures.explore_loss(1.0)
+    assert len(drawn) == 1
+    assert shown == []
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == said
+    assert "ipywidgets" in second
+    assert "not installed" in second
+
+
+def test_ipywidgets_is_imported_only_when_it_is_used():
+    assert [name for name, value in vars(worlds).items() if getattr(value, "__name__", "") == "ipywidgets"] == []
+
+
+def row(step, split, **values):
+    return {"step": step, "split": split, **values}
+
+
+def training(losses, held):
+    """A run: training loss by update, held-out (step, loss); rewards are ± the loss, the accuracy half of it."""
+    values = [(step, "train", loss) for step, loss in enumerate(losses, 1)] + [(s, "held_out", x) for s, x in held]
+    return [
+        row(s, split, loss=x, chosen_reward=x, rejected_reward=-x, reward_accuracy=x / 2, ties=float(s == 0))
+        for s, split, x in values
+    ]  # fmt: skip
+
+
+def test_puzzles(drawn):
+    runs = {"A": training([0.7, 0.5, 0.3], [(0, 0.8), (3, 0.4)]), "$B": training([0.2, 1.0], [(0, 0.6), (2, 1.6)])}
+    said = figures.plot_puzzles(runs)
+    loss, rewards, accuracy, other_loss, other_rewards, other_accuracy = drawn[0].axes
+    assert has_line(loss, [1, 2, 3], [0.7, 0.5, 0.3])
+    assert has_line(loss, [0, 3], [0.8, 0.4])
+    assert has_line(loss, [0, 1], [math.log(2)] * 2)
+    for sign in (1, -1):
+        assert has_line(rewards, [1, 2, 3], [sign * 0.7, sign * 0.5, sign * 0.3])
+        assert has_line(rewards, [0, 3], [sign * 0.8, sign * 0.4])
+    assert has_line(accuracy, [1, 2, 3], [0.35, 0.25, 0.15])
+    assert has_line(accuracy, [3], [0.2]), "at the start all pairs tie: no accuracy yet"
+    assert has_line(other_loss, [1, 2], [0.2, 1.0])
+    assert has_line(other_rewards, [0, 2], [-0.6, -1.6])
+    assert has_line(other_accuracy, [2], [0.8])
+    assert [axis.get_ylabel() for axis in (loss, other_loss)] == ["A", r"\$B"]
+    assert accuracy.get_xlim() == loss.get_xlim()
+    assert said == (
+        "At the end (chosen before rejected): A: loss 0.40, rewards 0.40 and -0.40, accuracy 0.20; "
+        "$B: loss 1.60, rewards 1.60 and -1.60, accuracy 0.80."
+    )
+
+
+def test_puzzles_of_a_run_that_was_never_evaluated(drawn):
+    """Its last training row speaks for it."""
+    assert "A: loss 0.30, rewards 0.30" in figures.plot_puzzles({"A": training([0.7, 0.3], [])})
+
+
+def test_optimum_frontier(drawn):
+    """Rewards ln 3 and 0, π_ref ½: π*(β = 1) = (¾, ¼), reward ¾·ln 3 = 0.82396, KL ¾·ln 1.5 + ¼·ln ½ = 0.13081.
+
+    β = 0.5: (0.9, 0.1), reward 0.98875, KL 0.9·ln 1.8 + 0.1·ln 0.2 = 0.36806.
+    """
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    world = tabular.TabularWorld(torch.tensor([math.log(3), 0.0], dtype=torch.float64), half)
+    said = figures.plot_optimum_frontier(world, [0.5, 1.0])
+    (axis,) = drawn[0].axes
+    (kls, rewards), *_ = lines(axis)
+    shares = [1 / (1 + 3 ** (-1 / beta)) for beta in (20, 0.05)]
+    assert (rewards[0], rewards[-1]) == pytest.approx([p * math.log(3) for p in shares])
+    assert kls == sorted(kls)
+    assert rewards == sorted(rewards)
+    assert has_line(axis, [0.130812], [0.823959])
+    assert has_line(axis, [0.368064], [0.988751])
+    assert has_line(axis, [0], [math.log(3) / 2])
+    assert has_line(axis, [0, 1], [math.log(3)] * 2)
+    names = [line.get_label() for line in axis.lines]
+    assert names == ["π*, β from 20 to 0.05", "π_ref", "β = 1", "β = 0.5", "reward of the best response"]
+    assert said == ("Mean reward of π*: 0.82 at KL 0.13 with β = 1, 0.99 at KL 0.37 with β = 0.5; π_ref has 0.55.")
+
+
+def test_no_policy_lies_above_the_optimum_frontier(drawn):
+    world = tabular.make_world(5)
+    figures.plot_optimum_frontier(world, [1.0])
+    (kls, rewards), *_ = lines(drawn[0].axes[0])
+    generator = torch.Generator().manual_seed(0)
+    below = 0
+    for policy in (3 * torch.randn(500, 5, generator=generator, dtype=torch.float64)).softmax(dim=1):
+        kl, reward = tabular.kl_divergence(policy, world.reference), (policy * world.reward).sum().item()
+        if kls[0] <= kl <= kls[-1]:
+            below += 1
+            assert reward <= np.interp(kl, kls, rewards) + 1e-3
+    assert below > 100
+
+
+def point(step, kl, reward, **more):
+    return {"step": step, "kl": kl, "true_reward": reward, "reward_margin": -reward, **more}
+
+
+START = Evaluation("reference", 0.5, {"kl": 0.0, "true_reward": -1.0, "reward_margin": 0.0}, [])
+
+
+def test_plane_filling(drawn):
+    """Evaluated after 62, 125, 188 and 250 updates, the rounded quarters; the hot run only at its end."""
+    steady = [point(62, 0.1, 1.0), point(125, 0.2, 2.0), point(188, 0.4, 1.5), point(250, 0.8, 0.5)]
+    said = figures.plot_plane_filling({"β = $1$": steady, "hot": [point(75, 30.0, 3.0)]}, START)
+    axes = drawn[0].axes
+    kls, rewards = [0.0, 0.1, 0.2, 0.4, 0.8], [-1.0, 1.0, 2.0, 1.5, 0.5]
+    for quarter, axis in enumerate(axes, 1):
+        assert has_line(axis, kls[: quarter + 1], rewards[: quarter + 1])
+        assert has_line(axis, [kls[quarter]], [rewards[quarter]]), "the last point is marked"
+        assert has_line(axis, [0.0, 30.0], [-1.0, 3.0]) is (quarter == 4)
+        assert (axis.get_xlim(), axis.get_ylim()) == (axes[0].get_xlim(), axes[0].get_ylim())
+        assert axis.get_title() == f"After {quarter}/4 of each training"
+    low, high = axes[0].get_ylim()
+    assert low < -1
+    assert high > 3
+    assert list(legend_of(drawn[0])) == [r"β = \$1\$", "hot", "π_ref"]
+    assert said == (
+        "Highest true reward so far: after 1/4 1.00 (β = $1$, KL 0.10), after 2/4 2.00 (β = $1$, KL 0.20), "
+        "after 3/4 2.00 (β = $1$, KL 0.20), after 4/4 3.00 (hot, KL 30.00)."
+    )
+
+
+def test_plane_filling_without_a_true_reward(drawn):
+    """The margin is drawn then, and runs that have none are left out, as SFT."""
+    start = Evaluation("reference", 0.5, {"kl": 0.0, "reward_margin": 0.0}, [])
+    said = figures.plot_plane_filling({"sft": [{"step": 4, "kl": 9.0}], "dpo": [point(4, 0.5, -2.0)]}, start)
+    assert has_line(drawn[0].axes[3], [0.0, 0.5], [0.0, 2.0])
+    assert list(legend_of(drawn[0])) == ["dpo", "π_ref"]
+    assert said == (
+        "Highest reward margin so far: after 1/4 0.00 (the reference, KL 0.00), after 2/4 0.00 (the reference, KL 0.00), "
+        "after 3/4 0.00 (the reference, KL 0.00), after 4/4 2.00 (dpo, KL 0.50)."
+    )
+
+
+# every picture
+
+WORLD = tabular.TabularWorld(*torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64))
+PICTURES = {
+    "01-batch-layout": lambda t, f: figures.plot_batch_layout(collate([EncodedPair([1], [2, 0], [3, 0])], 0), 0, f),
+    "02-token-logprobs": lambda t, f: figures.plot_token_logprobs([t, "b"], [-2.0, -1.0], f),
+    "mass": lambda t, f: figures.plot_mass({t: torch.tensor([[0.5, 0.5], [1.0, 0.0]])}, [t, "b"], f),
+    "04-loss-and-weight": lambda t, f: figures.plot_loss_and_weight(1.0, 0.5, f),
+    "05-pair-mask": lambda t, f: figures.plot_pair_mask(packed(1, 2, 2), [t, "b", t], f),
+    "05-token-logratios": lambda t, f: figures.plot_token_logratios([(t, 2.0), ("b", 1.0)], [(t, -1.0)], f),
+    "05-one-pair": lambda t, f: figures.plot_one_pair((-1.0, -2.0), (-1.5, -1.5), 0.5, f),
+    "05-puzzles": lambda t, f: figures.plot_puzzles({t: training([0.7, 0.6], [(0, 0.7), (2, 0.5)])}, f),
+    "06-optimum-frontier": lambda t, f: figures.plot_optimum_frontier(WORLD, [1.0], f),
+    "06-plane-filling": lambda t, f: figures.plot_plane_filling({t: [point(4, 1.0, 1.0)]}, START, f),
+    "07-next-tokens": lambda t, f: figures.plot_next_tokens({t: {t: 0.5, "b": 0.2}}, f),
+}
+NO_TEXT = {"01-batch-layout", "04-loss-and-weight", "05-one-pair", "06-optimum-frontier"}
+HOSTILE = "$\\frac{$\x1b[31m\x07\n\r\x85\u202eab\u200b" + "x" * 3000
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_hostile_text_has_no_effect_in_any_picture(name, drawn, tmp_path, capsys):
+    """Neither in the figure, nor in the sentence, nor in the file; it is no formula, and pushes nothing off the sheet."""
+    said = PICTURES[name](HOSTILE, tmp_path)
+    assert capsys.readouterr().out == said + "\n"
+    assert said.isprintable()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.png"]
+    assert Image.open(tmp_path / f"{name}.png").text["Description"] == said
+    labels = [artist.get_text() for artist in drawn[0].findobj(Text)]
+    assert any(r"\$\frac{\$" in label for label in labels) is (name not in NO_TEXT)
+    for label in labels:
+        assert label.isprintable()
+        assert len(label) < 100
+        assert Text(0, 0)._preprocess_math(label)[1] is False, label
+    assert_tidy(drawn[0])
+
+
+def assert_tidy(figure):
+    """No two tick labels of an axis overlap, and titles, labels and legends are on the sheet, to a pixel."""
+    renderer, sheet = figure.canvas.get_renderer(), figure.bbox.padded(1)
+
+    def extent(artist):
+        return artist.get_window_extent(renderer)
+
+    for axis in figure.axes:
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            boxes = [extent(text) for text in labels if text.get_text()]
+            assert not any(one.overlaps(two) for one, two in pairwise(boxes))
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            if text.get_text():
+                box = extent(text)
+                assert sheet.contains(box.x0, box.y0), text.get_text()
+                assert sheet.contains(box.x1, box.y1), text.get_text()
+    for legend in [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]:
+        box = extent(legend)
+        assert sheet.contains(box.x0, box.y0)
+        assert sheet.contains(box.x1, box.y1)
+
+
+def test_all_pictures_are_here():
+    """A new public picture must be added above, or be one of a run, which other tests draw."""
+    of_runs = {
+        "dpo",
+        "frontier",
+        "gradient_weight",
+        "lengths",
+        "reward_kl",
+        "sft",
+        "study",
+        "sweep",
+        "tabular",
+        "text_measures",
+    }
+    ideas = {"mass" if name == "mass" else name[3:].replace("-", "_") for name in PICTURES}
+    public = {name.removeprefix("plot_") for name in figures.__all__ if name.startswith("plot_")}
+    assert public == of_runs | ideas
+    assert all(hasattr(figures, name) for name in figures.__all__)

@@ -1,0 +1,145 @@
+"""The skeleton of the notebooks, what they share, and the version without solutions."""
+
+import re
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+from dpo_helpers import exercises, lesson
+from dpo_helpers.errors import CourseError
+
+NOTEBOOKS = ROOT / "notebooks"
+PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+each = pytest.mark.parametrize("path", PATHS, ids=[p.stem for p in PATHS])
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@each
+def test_the_skeleton_is_whole(path):
+    assert lesson.problems(read(path)) == []
+
+
+@each
+def test_the_exercise_version_is_the_lesson_without_its_solutions(path):
+    """Not a byte of difference: `python -m dpo_helpers lesson` writes it."""
+    expected = nbformat.writes(lesson.without_solutions(read(path), path.name)) + "\n"
+    assert (NOTEBOOKS / "exercises" / path.name).read_text(encoding="utf-8") == expected
+
+
+@each
+def test_shared_cells_and_badge_are_those_of_the_template(path):
+    notebook = read(path)
+    assert lesson.stamp(notebook, path.name, read(NOTEBOOKS / lesson.TEMPLATE)) == notebook
+
+
+def test_there_is_no_exercise_version_of_anything_else():
+    assert sorted(p.name for p in (NOTEBOOKS / "exercises").iterdir() if p.suffix) == [p.name for p in PATHS]
+
+
+@each
+def test_no_solution_is_left_in_the_exercise_version_and_it_runs(path, capsys):
+    """Its solution cells say "not answered yet", whatever stood before them in the lesson."""
+    bare, whole = read(NOTEBOOKS / "exercises" / path.name), read(path)
+    solved = [c for c in whole.cells if "solution" in lesson.tags(c)]
+    empty = [c for c in bare.cells if "exercise" in lesson.tags(c)]
+    assert len(empty) == len(solved) >= 3
+    assert not any(c.get("outputs") for c in bare.cells)
+    for before, after in zip(solved, empty, strict=True):
+        assert lesson.YOURS in after.source
+        assert "# solution" not in after.source
+        assert len(after.source) < len(before.source)
+        exec(compile(after.source, path.stem, "exec"), {"exercises": exercises})  # may use nothing else of the lesson
+        lines = capsys.readouterr().out.splitlines()
+        assert lines
+        assert all("not answered yet" in line for line in lines), lines
+
+
+def test_the_address_stands_in_one_place():
+    """Every badge and set-up cell has it from lesson.py; no other file of the project names it."""
+    named = [
+        p.relative_to(ROOT).as_posix()
+        for folder in ("dpo_helpers", "tests", "docs", "benchmarks")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".py", ".md", ".toml", ".jinja") and lesson.REPOSITORY in p.read_text(encoding="utf-8")
+    ]
+    assert named == ["dpo_helpers/lesson.py"]
+    for path in PATHS:
+        name = lesson.REPOSITORY.removeprefix("https://github.com/")
+        assert f"colab.research.google.com/github/{name}/blob/main/notebooks/{path.name}" in read(path).cells[0].source
+
+
+def notebook(*cells):
+    return nbformat.v4.new_notebook(cells=list(cells))
+
+
+def code(source, *tags):
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}, execution_count=1)
+
+
+def test_what_is_taken_out_of_a_solution():
+    source = "def f(x):\n    '''Twice.'''\n    # solution\n    y = 2 * x\n    return y\n    # end of solution\n\n\na, b = 1, 2  # solution\nprint(f)"
+    bare = lesson.without_solutions(notebook(nbformat.v4.new_markdown_cell("# 1"), code(source, "solution")), "x")
+    assert bare.cells[1].source == (
+        "def f(x):\n    '''Twice.'''\n    ...  # your turn\n\n\na, b = ...  # your turn\nprint(f)"
+    )
+    assert bare.cells[1].execution_count is None
+
+
+@pytest.mark.parametrize("source", ["print(1)", "# solution\nx = 1"])
+def test_a_solution_that_is_not_marked_or_not_closed_is_an_error(source):
+    with pytest.raises(CourseError, match="no closed '# solution' part"):
+        lesson.without_solutions(notebook(nbformat.v4.new_markdown_cell("# 1"), code(source, "solution")), "x")
+
+
+def without(text, by=""):
+    return lambda cells: [c.update(source=c.source.replace(text, by)) for c in cells]
+
+
+def drop(tag):
+    return lambda cells: cells.remove(next(c for c in cells if tag in lesson.tags(c)))
+
+
+BROKEN = {
+    "title": (without("# 4 · ", "# Four: "), "the title"),
+    "goals": (without("**Learn:**"), r"no \*\*Learn:\*\*"),
+    "time": (without("CPU"), "time on CPU and GPU"),
+    "shared cells": (drop("symbols"), "the shared cells are"),
+    "picture": (without("explore_loss(", "print("), "the idea has no picture"),
+    "headings": (without("## Quiz", "## Questions"), "in this order"),
+    "sections": (without("## 2. ", "## 3. "), "numbered sections are"),
+    "recap": (without("next notebook", "rest"), "what comes next"),
+    "references": (without("- ", "* "), "two references"),
+    "predictions": (without("**Predict", "**Guess"), "0 predictions"),
+    "practice": (without("> **In practice", "> **Note"), "0 boxes"),
+    "quiz": (without("<summary>Answer</summary>"), "the quiz has 0 answers"),
+    "exercise": (without("Exercise 4.2"), r"exercise 4\.2 is not announced"),
+    "hint": (without("<summary>Hint</summary>"), r"exercise 4\.1 has no hint"),
+    "solution": (drop("solution"), r"exercise 4\.1 is not followed"),
+    "check": (without('check("4.3", '), r"exercise 4\.3 is not checked"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_missing_part_is_named(name):
+    change, expected = BROKEN[name]
+    broken = read(NOTEBOOKS / "04_dpo_loss_derivation.ipynb")
+    change(broken.cells)
+    found = lesson.problems(broken)
+    assert any(re.search(expected, line) for line in found), found
+
+
+def test_stamping_writes_what_is_missing_and_then_nothing(tmp_path):
+    for path in (NOTEBOOKS / lesson.TEMPLATE, PATHS[0]):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = read(tmp_path / PATHS[0].name)
+    first.cells[1].source = "print('mine')"
+    nbformat.write(first, tmp_path / PATHS[0].name)
+    assert [p.relative_to(tmp_path).as_posix() for p in lesson.write_lessons(tmp_path)] == [
+        PATHS[0].name, f"exercises/{PATHS[0].name}",
+    ]  # fmt: skip
+    assert (tmp_path / PATHS[0].name).read_bytes() == PATHS[0].read_bytes()
+    assert lesson.write_lessons(tmp_path) == []
