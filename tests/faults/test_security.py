@@ -654,7 +654,7 @@ def code_of(notebook):
 
 
 PACKAGE = sorted((ROOT / "dpo_helpers").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 STRICT = {path.name for path in PACKAGE}
 
