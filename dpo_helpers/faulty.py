@@ -260,7 +260,9 @@ def signs(rows: Sequence[MetricsRow]) -> dict[str, float]:
         "held-out loss before": points[0]["loss"],
         "first training loss": updates[0]["loss"],
         "first gradient norm": updates[0]["grad_norm"],
+        "second training loss": updates[:2][-1]["loss"],
         "highest training loss": max(row["loss"] for row in updates),
+        "highest gradient norm": max(row["grad_norm"] for row in updates),
         **{
             f"{kind} {what} at the end": sum(row[f"reward_{what}"] for row in end) / len(end)
             for what in ("margin", "accuracy")

@@ -49,10 +49,11 @@ MEASURES = {
 NAME = "project.md"
 CONCLUDE = "## What I conclude"
 YOURS = "*Yours to write: was the prediction right? If not, what did it overlook? What would you change next?*"
+LATE = "changed after the result was on disk"
 LIMITS = (
     "One training each: the intervals say how another draw of held-out pairs and prompts could move a difference, not "
-    "how another seed could. And six measures are six chances: even of two models that are equally good, as many as "
-    "one pair in four would show a difference somewhere, by luck."
+    "how another seed could. And six measures are six chances: even of two models that are equally good, about one "
+    "pair in four would show a difference somewhere, by luck."
 )
 REPORT = """# Project: one change to the main run
 
@@ -147,7 +148,7 @@ class ProjectReport:
         show_text("because", self.because)
         show_table(self.rows())
         print(f"{self.verdict}\n{LIMITS}")
-        print(one_line(f"Write your conclusion into {'/'.join(self.path.parts[-4:])}."))
+        print(one_line(f"Write your conclusion into {'/'.join(self.path.parts[-5:])}."))
 
     def markdown(self, conclusion: str = YOURS) -> str:
         """The report as Markdown. What a person wrote stands in indented blocks, in which nothing is rendered."""
@@ -221,14 +222,16 @@ def run_project(settings: Settings, change: Mapping[str, Any], *, prediction: st
         "weights of the changed model": changed.weights_sha256,
     }
     report = ProjectReport(name, before, value, prediction, because, measures, facts, home.run_dir)
-    write_text(report.path, report.markdown(_conclusion(report.path)))
+    earlier = report.path.read_text(encoding="utf-8", errors="replace") if report.path.is_file() else ""
+    if earlier and (LATE in earlier or _quote(prediction) not in earlier):
+        facts["prediction"] = LATE
+    write_text(report.path, report.markdown(_conclusion(earlier)))
     return report
 
 
-def _conclusion(path: Path) -> str:
+def _conclusion(earlier: str) -> str:
     """What stands under the last heading of an earlier report; the prompt to write it where there is none."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return text.partition(f"\n{CONCLUDE}\n")[2].strip("\n") or YOURS
+    return earlier.partition(f"\n{CONCLUDE}\n")[2].strip("\n") or YOURS
 
 
 def _one_change(settings: Settings, change: Mapping[str, Any]) -> tuple[str, object, Any]:

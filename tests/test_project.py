@@ -105,6 +105,10 @@ def test_a_second_time_nothing_is_trained_and_the_conclusion_stays(run, monkeypa
     assert contents(settings.run_dir) == before
     assert report.path.read_text(encoding="utf-8").endswith(f"{CONCLUDE}\n\nI was wrong.\n\n## Why\n\nToo few.\n")
     assert "    Another one.\n" in report.path.read_text(encoding="utf-8")
+    assert project.LATE not in text
+    for _ in range(2):  # it stays marked
+        assert f"- prediction: `{project.LATE}`" in report.path.read_text(encoding="utf-8")
+        run_project(settings, {"max_pairs": 12}, prediction="Another one.", because="b")
 
 
 def test_a_main_run_of_other_settings_is_left_alone_too(run, capsys):

@@ -134,7 +134,7 @@ PUZZLES: dict[str, Puzzle] = {
     "E": Puzzle(
         AVERAGED,
         "the first gradient's norm is about 0.05, where the healthy run has 1.5: divided by some thirty tokens. The "
-        "training rewards look tame, but held-out pairs, measured with sums, have rewards some twenty times as large: "
+        "training rewards look tame, but held-out pairs, measured with sums, have margins over ten times as large: "
         "as if β were divided by the length, so nothing holds the policy back",
         "sum the log-probabilities: the β of the paper is for sums",
         {

@@ -77,6 +77,8 @@ def _ends() -> list[tuple[str, int]]:
         ("well, no no no", 3),  # one word, after another beginning
         ("it depends. it depends. it depends. Good luck!", 3),  # a loop that the text gets out of
         ("water them. water them.", 3),  # twice is no loop yet
+        ("water them. water them.", 2),  # unless twice is asked for
+        ("no", 3),  # fewer words than times
         ("I plant it now. I water it. I plant it now. I rest. I plant it now.", 3),  # three times, not in a row
     ]
 
@@ -98,6 +100,11 @@ def _binomial(first: Tensor, second: Tensor) -> tuple[float, float]:
 def _scatter(first: Tensor, second: Tensor) -> tuple[float, float]:
     rate, error = _win_rate(first, second)
     return rate, error * sqrt(len(first))
+
+
+def _of_all_there_is(first: Tensor, second: Tensor) -> tuple[float, float]:
+    rate, error = _win_rate(first, second)
+    return rate, error * sqrt((len(first) - 1) / len(first))
 
 
 def _everyone(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -171,6 +178,9 @@ EXERCISES: tuple[Exercise, ...] = (
             Mistake("Every answer against every other one",
                     "compare the two answers to the same prompt: what makes a prompt hard then cancels",
                     _everyone),
+            Mistake("The standard deviation divides by n",
+                    "of a sample it divides by n - 1, as torch's std does, for its mean was taken from the sample too",
+                    _of_all_there_is),
             Mistake("That is the standard deviation",
                     "of single prompts; the mean of n of them scatters √n times less",
                     _scatter),

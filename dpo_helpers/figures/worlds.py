@@ -133,7 +133,8 @@ def plot_puzzles(runs: Mapping[str, Sequence[MetricsRow]], folder: Path | None =
         held = [row for row in rows if row["split"] == "held_out"] or list(rows)
         parts.append(
             f"{name}: loss {held[-1]['loss']:.2f}, rewards {held[-1]['chosen_reward']:.2f} and "
-            f"{held[-1]['rejected_reward']:.2f}, accuracy {held[-1]['reward_accuracy']:.2f}"
+            f"{held[-1]['rejected_reward']:.2f}, "
+            + ("all pairs tie" if held[-1].get("ties", 0) == 1 else f"accuracy {held[-1]['reward_accuracy']:.2f}")
         )
     for axis, title in zip(axes, ("DPO loss", "Implicit rewards", "Reward accuracy"), strict=False):
         axis.set_title(title)
