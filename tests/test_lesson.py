@@ -1,5 +1,6 @@
 """The skeleton of the notebooks, what they share, and the version without solutions."""
 
+import ast
 import re
 
 import nbformat
@@ -56,6 +57,33 @@ def test_no_solution_is_left_in_the_exercise_version_and_it_runs(path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert lines
         assert all("not answered yet" in line for line in lines), lines
+
+
+@each
+def test_no_later_cell_needs_what_a_learner_has_not_written_yet(path):
+    """The exercise version runs from top to bottom unsolved: what solutions define is used in their own cells only."""
+    cells = [c for c in read(path).cells if c.cell_type == "code" and "setup" not in lesson.tags(c)]
+    for i, cell in enumerate(cells):
+        if "solution" in lesson.tags(cell):
+            named = names(cell.source, ast.Store)
+            assert named, "a solution defines something"
+            defined = set()
+            for later in cells[i + 1 :]:
+                missing = (names(later.source, ast.Load) & named) - names(later.source, ast.Store) - defined
+                assert not missing, (missing, later.source)
+                defined |= names(later.source, ast.Store)
+
+
+def names(source, use):
+    """The names that a cell uses in this way; for ast.Store also the functions that it defines, for their own names."""
+    tree = ast.parse(source)
+    inner = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for s in f.body for node in ast.walk(s)}
+    found = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, use)
+        if use is ast.Load or id(n) not in inner
+    }  # fmt: skip
+    functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    return found | functions if use is ast.Store else found
 
 
 def test_the_address_stands_in_one_place():
