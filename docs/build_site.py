@@ -17,9 +17,10 @@ from typing import Any
 
 from sphinx.cmd.build import build_main
 
+from dpo_helpers.course import drop_widgets
+
 DOCS = Path(__file__).resolve().parent
 LESSONS = "[0-9][0-9]_*.ipynb"  # neither _template.ipynb nor exercises/
-WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDED = {"setup": "set-up cell", "solution": "solution"}  # cells with these tags, and what their fold says
 
 
@@ -29,7 +30,7 @@ def for_the_site(notebook: dict[str, Any]) -> dict[str, Any]:
     Without widgets, which do nothing without a kernel, and without Colab's badge, an image of another site. The set-up
     cell is folded. A figure's alternative text is what its cell prints: every plot_… prints a sentence for that.
     """
-    notebook["metadata"].pop("widgets", None)
+    drop_widgets(notebook)
     notebook["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}  # knows %pip and !echo
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
@@ -46,7 +47,6 @@ def _bars(line: str) -> str:
 
 
 def _show_outputs(cell: dict[str, Any]) -> None:
-    cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
     metadata = cell["metadata"]
     printed = "".join("".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stdout")
     metadata["mystnb"] = {"image": {"alt": " ".join(printed.split()) or "figure"}}

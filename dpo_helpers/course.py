@@ -61,18 +61,18 @@ def execute(source: Path, target: Path, profile: str) -> float:
             last = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             raise CourseError(f"{source.name}, code cell {len(begun)}: {last}; see {target}") from error
         finally:
-            for key in ("language_info", "widgets"):
-                notebook.metadata.pop(key, None)
-            _drop_widgets(notebook)
+            notebook.metadata.pop("language_info", None)
+            drop_widgets(notebook)
             write_text(target, nbformat.writes(notebook) + "\n")
     return time.perf_counter() - started
 
 
-def _drop_widgets(notebook: Any) -> None:
-    """Drop sliders from the outputs: without a kernel they show nothing, and each run gives them another id."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+def drop_widgets(notebook: dict[str, Any]) -> None:
+    """Drop sliders from a notebook: without a kernel they show nothing, and each run gives them another id."""
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
 
 
 def _interrupts_of(client: NotebookClient) -> list[int]:

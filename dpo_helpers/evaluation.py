@@ -165,20 +165,13 @@ def longer_wins(pairs: PairScores) -> tuple[float, float]:
 
 
 def measure_kl(
-    policy: Any,
-    reference: Any,
-    tokenizer: Any,
-    responses: Sequence[Response],
-    compute: Compute,
-    *,
-    max_prompt_length: int,
-    batch_size: int = 16,
+    policy: Any, reference: Any, tokenizer: Any, responses: Sequence[Response], compute: Compute, **lengths: int
 ) -> dict[str, float]:
     """KL(policy ‖ reference) in nats a response, on responses sampled from the policy at temperature 1.
 
-    Returns the means of `response_kls`, kl, k1 and k3, each with its standard error over prompts (`_se`).
+    Returns the means of `response_kls`, kl, k1 and k3, each with its standard error over prompts (`_se`); lengths as
+    there.
     """
-    lengths = {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
     result: dict[str, float] = {}
     for key, values in response_kls(policy, reference, tokenizer, responses, compute, **lengths).items():
         result[key], result[f"{key}_se"] = mean_and_error(values)
