@@ -293,7 +293,7 @@ def test_mass_of_many_histories_and_responses(drawn, panels, axes):
 def test_loss_and_weight(drawn):
     """β = 1, margin ln 3: σ(-ln 3) = 1/4 is the weight, ln(4/3) the loss; the tangent reaches 2 to each side."""
     margin, loss = math.log(3), math.log(4 / 3)
-    said = figures.plot_loss_and_weight(margin, 1.0)
+    said = figures.plot_loss_and_weight((margin,), 1.0)
     left, right = drawn[0].axes
     assert has_line(left, [margin], [loss])
     assert has_line(left, [margin - 2, margin + 2], [loss + 0.5, loss - 0.5])
@@ -310,7 +310,7 @@ def test_loss_and_weight(drawn):
 
 
 def test_a_margin_outside_the_usual_range_is_on_the_sheet(drawn):
-    figures.plot_loss_and_weight(-20.0, 0.5)
+    figures.plot_loss_and_weight((-20.0,), 0.5)
     left, right = drawn[0].axes
     for axis, y in ((left, 10.0000454), (right, 0.4999773)):
         assert has_line(axis, [-20.0], [y])
@@ -500,7 +500,7 @@ PICTURES = {
     "01-batch-layout": lambda t, f: figures.plot_batch_layout(collate([EncodedPair([1], [2, 0], [3, 0])], 0), 0, f),
     "02-token-logprobs": lambda t, f: figures.plot_token_logprobs([t, "b"], [-2.0, -1.0], f),
     "mass": lambda t, f: figures.plot_mass({t: torch.tensor([[0.5, 0.5], [1.0, 0.0]])}, [t, "b"], f),
-    "04-loss-and-weight": lambda t, f: figures.plot_loss_and_weight(1.0, 0.5, f),
+    "04-loss-and-weight": lambda t, f: figures.plot_loss_and_weight((1.0,), 0.5, f),
     "05-pair-mask": lambda t, f: figures.plot_pair_mask(packed(1, 2, 2), [t, "b", t], f),
     "05-token-logratios": lambda t, f: figures.plot_token_logratios([(t, 2.0), ("b", 1.0)], [(t, -1.0)], f),
     "05-one-pair": lambda t, f: figures.plot_one_pair((-1.0, -2.0), (-1.5, -1.5), 0.5, f),

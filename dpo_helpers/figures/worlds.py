@@ -57,15 +57,11 @@ def plot_mass(
     return finish(figure, folder, name, f"Probabilities from first to last update. {'; '.join(parts)}.")
 
 
-def plot_loss_and_weight(margin: float, beta: float, folder: Path | None = None) -> str:
-    """The DPO loss over the log-ratio margin with its tangent at one margin, and the weight of its gradient there.
+def plot_loss_and_weight(margins: Sequence[float], beta: float, folder: Path | None = None) -> str:
+    """The DPO loss over the log-ratio margin with its tangents at some margins, and the weight of its gradient there.
 
-    margin: of log-ratios, without β; the weight β·σ(−β·margin) is the slope of the tangent, with its sign turned.
+    margins: of log-ratios, without β; the weight β·σ(−β·margin) is the slope of a tangent, with its sign turned.
     """
-    return _loss_and_weight((margin,), beta, folder)
-
-
-def _loss_and_weight(margins: Sequence[float], beta: float, folder: Path | None = None) -> str:
     figure, (left, right) = new(2, height=3.2, width=4.5, layout="constrained")
     end = max(6.0, *(abs(margin) + 1 for margin in margins))
     x = np.linspace(-end, end, 241)
@@ -98,7 +94,7 @@ def explore_loss(beta: float = 0.5, folder: Path | None = None) -> str:
 
     The figure under the sliders is replaced when a slider is let go. Returns the sentence on the first figure.
     """
-    summary = _loss_and_weight(MARGINS, beta, folder)
+    summary = plot_loss_and_weight(MARGINS, beta, folder)
     try:
         widgets, display = import_module("ipywidgets"), import_module("IPython.display")
     except ImportError:
@@ -107,7 +103,7 @@ def explore_loss(beta: float = 0.5, folder: Path | None = None) -> str:
     look = {"continuous_update": False, "readout_format": ".1f"}
 
     def draw(margin: float, beta: float) -> None:
-        _loss_and_weight((margin,), beta)
+        plot_loss_and_weight((margin,), beta)
 
     sliders = {
         "margin": widgets.FloatSlider(value=0.0, min=-6, max=6, step=0.1, description="margin", **look),
