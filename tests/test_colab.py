@@ -44,6 +44,7 @@ import dpo_helpers
 import google.colab
 import torch
 from dpo_helpers.models import load_model
+from dpo_helpers.runs import compute_of
 from dpo_helpers.settings import load_settings
 
 settings = load_settings("mini")
@@ -53,7 +54,7 @@ print(json.dumps({
     "torch": torch.__version__,
     "weights": files("dpo_helpers").joinpath("mini/model/model.safetensors").stat().st_size,
     "parameters": sum(p.numel() for p in load_model(settings).parameters()),
-    "device": str(compute.device),
+    "device": str(compute_of(settings).device),
 }))
 """
 

@@ -65,6 +65,12 @@ def test_autocast_computes_in_the_precision_and_only_inside():
         assert (a @ a).dtype == torch.float32
 
 
+def test_the_allowance_for_rounding_grows_with_the_tokens_in_16_bits_alone():
+    at = torch.device("cpu")
+    assert [Compute(at, "fp32").rounding(n) for n in (1, 30)] == [1e-3, 1e-3]
+    assert [Compute(at, p).rounding(30) for p in ("fp16", "bf16")] == pytest.approx([1.5, 1.5])
+
+
 def test_peak_memory_is_of_this_process():
     assert 0.1 < peak_memory_gb(Compute(torch.device("cpu"), "fp32")) < 100
 

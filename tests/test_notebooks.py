@@ -1,6 +1,5 @@
 """The committed notebooks: executed, checked, alike at their start, free of machine traces, runnable alone."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import nbformat
 import pytest
 
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from dpo_helpers.course import execute
 
 NAMES = (
@@ -82,22 +81,6 @@ def test_profiles_differ_by_nothing_but_the_constant():
         for cell in cells(path)[2:]:
             assert "PROFILE ==" not in cell.source
             assert ".profile" not in cell.source
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["06_beta_sweep", "07_generations"])
-def test_a_notebook_runs_when_opened_alone(name, tmp_path, monkeypatch):
-    """With nothing made before, and small settings from the environment; seeded_bugs.py does it with 02 to 05."""
-    monkeypatch.setenv("DPO_RUNS_DIR", str(tmp_path / "runs"))
-    for key, value in SMALL.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        monkeypatch.setenv(f"DPO_{key.upper()}", text)
-    source = ROOT / "notebooks" / f"{name}.ipynb"
-    before = source.read_bytes()
-    execute(source, tmp_path / "out.ipynb", "mini")
-    assert source.read_bytes() == before
-    executed = json.loads((tmp_path / "out.ipynb").read_text(encoding="utf-8"))
-    assert all(cell["execution_count"] for cell in executed["cells"] if cell["cell_type"] == "code")
 
 
 CTRL_C = """

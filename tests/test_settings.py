@@ -59,9 +59,15 @@ def test_another_model_does_not_keep_the_profiles_commit():
     assert load_settings("gpt2").model_revision == GPT2_REVISION
 
 
-def test_is_profile_ignores_where_and_on_what():
-    assert load_settings("mini", runs_dir="x", device="cpu", precision="fp32").is_profile()
+def test_is_profile_ignores_where_and_on_what_but_not_how_precisely():
+    assert load_settings("mini", runs_dir="x", device="cpu").is_profile()
     assert not load_settings("mini", seed=1).is_profile()
+    assert not load_settings("mini", precision="bf16").is_profile()
+
+
+def test_the_lessons_numbers_are_float32s_on_every_device():
+    assert load_settings("mini").precision == "fp32"
+    assert load_settings("gpt2").precision == "auto"
 
 
 def test_parse_value():

@@ -109,10 +109,9 @@ def run_notebook(name: str) -> int:
     import nbformat
 
     from dpo_helpers import device
-    from dpo_helpers.device import pick_compute
 
     device.median_seconds = partial(device.median_seconds, repeats=1)  # a time is not what is tested here
-    namespace = {"__name__": "__main__", "compute": pick_compute()}
+    namespace = {"__name__": "__main__"}
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     for cell in [cell for cell in notebook.cells if cell.cell_type == "code"][1:]:
         try:

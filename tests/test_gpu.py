@@ -1,0 +1,114 @@
+"""The course on a GPU that is only pretended (`pretend_gpu`): on a real one nothing of it was ever run."""
+
+import json
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from pretend_gpu import pretend_gpu, pretending_kernels
+
+from conftest import ROOT, SMALL
+from dpo_helpers import runs, steps
+from dpo_helpers.course import execute
+from dpo_helpers.runs import compute_of
+
+H100, T4 = (9, 0), (7, 5)
+
+
+@pytest.fixture
+def _found_anew():
+    """What device there is, is asked once in a process."""
+    runs._compute.cache_clear()
+    yield
+    runs._compute.cache_clear()
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses(monkeypatch):
+    with pretend_gpu(monkeypatch):
+        here, there = torch.ones(2, 2), torch.ones(2, 2, device="cuda")
+        layer = torch.nn.Linear(2, 2).to("cuda")
+        assert [str(t.device) for t in (here, there, there[0], layer.weight, layer(there))] == ["cpu", *4 * ["cuda:0"]]
+        for mixed in (
+            lambda: here + there, lambda: layer(here), lambda: here[there.long()], lambda: torch.cat([here, there]),
+        ):  # fmt: skip
+            with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
+                mixed()
+        for read in (there.numpy, lambda: numpy.asarray(there)):
+            with pytest.raises(TypeError, match="can't convert cuda:0"):
+                read()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(2, generator=torch.Generator(), device="cuda")
+
+
+def test_and_allows_what_a_gpu_allows(monkeypatch):
+    """A number of no dimension, an index, a copy; the gradient lies where its weight does."""
+    with pretend_gpu(monkeypatch) as gpu:
+        there = torch.ones(2, 2).cuda()
+        assert (there * torch.tensor(2.0)).is_cuda
+        assert there[torch.tensor([0])].is_cuda
+        assert there.cpu().numpy().tolist() == [[1.0, 1.0], [1.0, 1.0]]
+        layer = torch.nn.Linear(2, 2).to("cuda")
+        layer(there).sum().backward()
+        assert layer.weight.grad.is_cuda
+        assert gpu.count["aten.addmm.default"] == 1
+    assert not torch.zeros(1).is_cuda
+
+
+def test_its_autocast_is_that_of_cuda(monkeypatch):
+    """Products in 16 bits, layer norm and powers in 32: on a CPU autocast would leave these in 16."""
+    with pretend_gpu(monkeypatch), torch.autocast("cuda", dtype=torch.float16):
+        x = torch.ones(2, 2, device="cuda")
+        half = x @ x
+        assert half.dtype == torch.float16
+        assert torch.nn.functional.layer_norm(half, (2,)).dtype == torch.float32
+        assert (half**3).dtype == torch.float32
+        with torch.autocast("cuda", enabled=False):
+            assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.slow(30)
+@pytest.mark.usefixtures("_found_anew")
+@pytest.mark.parametrize(
+    ("chip", "precision", "tolerance"), [(T4, "fp32", 1e-5), (T4, "fp16", 0.02), (H100, "bf16", 0.05)]
+)
+def test_a_gpu_gets_the_numbers_of_a_cpu(small, tmp_path, monkeypatch, chip, precision, tolerance):
+    dpo, scored = steps.get_dpo(small), steps.get_reference(small).scores("train")
+    asked = "fp32" if precision == "fp32" else "auto"
+    with pretend_gpu(monkeypatch, chip) as gpu:
+        settings = replace(small, device="cuda", precision=asked, runs_dir=str(tmp_path / "gpu"))
+        dpo_on_gpu = steps.get_dpo(settings)
+        kl = steps.get_evaluation(settings, dpo_on_gpu).metrics["kl"]
+        off = steps.get_reference(settings).scores("train").chosen - scored.chosen
+    assert gpu.count["aten._foreach_sqrt.default"] > 0, "the optimiser updates on the GPU, all weights at once"
+    assert dpo_on_gpu.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5), (
+        "policy and reference agree in any precision"
+    )
+    for name in ("loss", "chosen_reward", "rejected_reward", "reward_margin"):
+        assert dpo_on_gpu.metrics[-1][name] == pytest.approx(dpo.metrics[-1][name], abs=tolerance), name
+    if precision == "fp32":  # in 16 bits other tokens are drawn here and there, and the KL is that of other answers
+        assert kl == pytest.approx(steps.get_evaluation(small, dpo).metrics["kl"], abs=tolerance)
+    allowed = [compute_of(settings).rounding(len(pair.chosen)) for pair in steps.get_data(small).train]
+    assert all(abs(a) <= b for a, b in zip(off.tolist(), allowed, strict=True))
+    made = json.loads((settings.run_dir / "dpo/manifest.json").read_text(encoding="utf-8"))
+    assert made["about"]["device"] == f"cuda (Pretended GPU), {precision}"
+
+
+@pytest.mark.slow(120)
+def test_the_notebooks_run_on_a_t4_in_fp16(tmp_path, monkeypatch, is_long):
+    """Small settings from the environment, and the last notebook first, which is opened alone then."""
+    ran = pretending_kernels(tmp_path / "ipython")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    for key, value in {**SMALL, "precision": "auto", "runs_dir": tmp_path / "runs"}.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        monkeypatch.setenv(f"DPO_{key.upper()}", text)
+    without_a_model = ("01_data", "03_sft", "04_dpo_loss_derivation")  # on the GPU, once what they need is made
+    for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"), reverse=True):
+        if is_long or source.stem not in without_a_model:
+            before = source.read_bytes()
+            execute(source, tmp_path / source.name, "mini")
+            assert source.read_bytes() == before
+            count = json.loads(ran.read_text(encoding="utf-8"))["count"]
+            assert ("aten.addmm.default" in count) == (source.stem not in without_a_model)
+    executed = (tmp_path / "02_reference.ipynb").read_text(encoding="utf-8")
+    assert "computing on cuda (Pretended GPU), fp16" in executed
