@@ -53,12 +53,12 @@ class Compute:
 def pick_compute(device: str = "auto", precision: str = "auto") -> Compute:
     """The device and precision for settings "auto" or a name such as "cuda:1"; SettingsError if that is not there.
 
-    auto device: cuda, else mps, else cpu. auto precision on cuda: bf16 where the chip computes in it natively
-    (compute capability 8 and later; torch's is_bf16_supported also answers yes for emulation), else fp16 with
-    a GradScaler, as on a T4; elsewhere fp32.
+    auto device: cuda, else cpu; mps, on which nothing of this was ever run, has to be asked for. auto precision on
+    cuda: bf16 where the chip computes in it natively (compute capability 8 and later; torch's is_bf16_supported also
+    answers yes for emulation), else fp16 with a GradScaler, as on a T4; elsewhere fp32.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"device is {device!r}, but torch sees no CUDA GPU: use --device cpu, or auto")

@@ -169,7 +169,7 @@ def _stuck(run: Run) -> tuple[bool, str] | None:
     if len(losses) < 10 or run.loss_type not in ("sigmoid", "unknown"):
         return None
     late = sum(losses[-len(losses) // 4 :]) / len(losses[-len(losses) // 4 :])
-    norms = [r["grad_norm"] for r in run.training if "grad_norm" in r]
+    norms = [r["grad_norm"] for r in run.training if "grad_norm" in r and not r.get("skipped")]
     still = bool(norms) and max(norms) == 0
     return abs(late - LN_2) < 0.003 or still, f"mean loss of the last quarter {late:.4f}, ln 2 = {LN_2:.4f}"
 
@@ -213,7 +213,8 @@ def _finite(run: Run) -> tuple[bool, str] | None:
     rows = (*run.training, *run.held_out)
     if not rows:
         return None
-    bad = [r["step"] for r in rows if any(isinstance(v, float) and not math.isfinite(v) for v in r.values())]
+    done = [r for r in rows if not r.get("skipped")]  # fp16's scaler skips the updates whose gradient overflows
+    bad = [r["step"] for r in done if any(isinstance(v, float) and not math.isfinite(v) for v in r.values())]
     zero = [r["step"] for r in run.training if r.get("loss") == 0.0 and r.get("grad_norm") in (0.0, None)]
     where = f", first at step {min([*bad, *zero])}" if bad or zero else ""
     return bool(bad or zero), f"{len(bad)} rows that are not finite, {len(zero)} with a loss of exactly 0{where}"

@@ -95,6 +95,9 @@ class FastPath:
         # [M, d]: after the last attention nothing but the scored positions is read
         x = run_block(parts, rest[-1], x, batch, only=batch.scored) if rest else x.index_select(0, batch.scored)
         logps = head_logprobs(parts.norm(x), model.get_output_embeddings().weight, batch.targets)  # [M]
+        if logps.is_cuda:  # there index_add adds in any order, and the same weights would not score the same twice
+            mine = batch.side == torch.arange(2 * len(at), device=logps.device)[:, None]  # [2B, M]
+            return torch.where(mine, logps, 0.0).sum(dim=-1)
         return logps.new_zeros(2 * len(at)).index_add(0, batch.side, logps)
 
     def _require_frozen(self, model: Any) -> None:

@@ -207,6 +207,7 @@ class _OwnReference:
     def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             now = torch.stack(self.scorer.pair_logprobs(model, pairs)).cpu()
+        torch.clear_autocast_cache()  # else the pass with gradient goes on with 16-bit weights cast without one
         chosen, rejected = torch.zeros(2, len(self.good.reference_chosen)).index_copy(1, torch.tensor(pairs), now)
         return replace(self.good, reference_chosen=chosen, reference_rejected=rejected)(model, batch, pairs)
 
@@ -254,7 +255,8 @@ def signs(rows: Sequence[MetricsRow]) -> dict[str, float]:
 
     "at the end" is the mean of the last quarter of the updates for training batches, the last point for held-out pairs.
     """
-    updates, points = ([row for row in rows if row["split"] == split] for split in ("train", "held_out"))
+    done = [row for row in rows if not row.get("skipped")]
+    updates, points = ([row for row in done if row["split"] == split] for split in ("train", "held_out"))
     late = updates[-max(1, len(updates) // 4) :]
     return {
         "held-out loss before": points[0]["loss"],

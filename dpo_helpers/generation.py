@@ -36,9 +36,10 @@ class _InverseTransform(LogitsProcessor):  # type: ignore[misc]
         self.uniforms, self.temperature, self.step = uniforms, temperature, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # [N, V]
+        wide = scores.cpu() if scores.device.type == "mps" else scores  # which has no float64
+        cumulative = (wide.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # [N, V]
         u = self.uniforms[:, self.step, None].to(cumulative) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1)
+        token = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1).to(scores.device)
         self.step += 1
         return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
 
@@ -79,7 +80,7 @@ def sample(
         mask = torch.tensor([[0] * (length - len(encoded[i])) + [1] * len(encoded[i]) for i in at])
         processors = LogitsProcessorList()
         if temperature > 0:
-            uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at]).to(compute.device)
+            uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at])
             processors.append(_InverseTransform(uniforms, temperature))
         with compute.autocast():
             out = model.generate(

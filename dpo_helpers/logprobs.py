@@ -62,13 +62,15 @@ CHUNK_BYTES = 2**26  # of logits that exist at a time
 def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """log p of each target under logits = hidden · weightᵀ, without keeping the logits. Returns [M], float32.
 
-    hidden: [M, d]; weight: [V, d], the output head; targets: [M]. float64 stays float64. With a frozen head the
+    hidden: [M, d]; weight: [V, d], the output head; targets: [M]. float64 stays float64, and nothing is less than
+    float32: GPT-2's logits lie far below 0, where 16 bits are coarse (`models.Float32Head`). With a frozen head the
     gradient has a closed form, ∂log p/∂hidden = weight[target] - softmax(logits) · weight, which is computed in the
     forward pass, chunk by chunk, while the logits are at hand. With one that trains, autograd does it.
     """
     if weight.requires_grad and torch.is_grad_enabled():
-        logits = hidden @ weight.T  # [M, V]
-        return -cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = hidden.to(weight.dtype) @ weight.T  # [M, V]
+        return -cross_entropy(logits, targets, reduction="none")
     logps: Tensor = _HeadLogprobs.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return logps
 
@@ -76,22 +78,22 @@ def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(hidden.device.type):  # autocast would convert the weight for every chunk
-            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weight = weight.to(dtype)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-        for chunk in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
-            logits = (hidden[chunk] @ weight.T).to(dtype)  # [rows, V]
-            target = targets[chunk]
-            largest = logits.amax(dim=-1, keepdim=True)
-            of_target = logits.gather(-1, target[:, None])
-            unnormed = logits.sub_(largest).exp_()  # softmax, but for the division by its sum
-            total = unnormed.sum(dim=-1, keepdim=True)
-            logps[chunk] = (of_target - largest - total.log()).squeeze(-1)
-            if gradient is not None:
-                gradient[chunk] = weight[target] - (unnormed @ weight) / total
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
+                logits = hidden[chunk].to(dtype) @ weight.T  # [rows, V]
+                target = targets[chunk]
+                largest = logits.amax(dim=-1, keepdim=True)
+                of_target = logits.gather(-1, target[:, None])
+                unnormed = logits.sub_(largest).exp_()  # softmax, but for the division by its sum
+                total = unnormed.sum(dim=-1, keepdim=True)
+                logps[chunk] = (of_target - largest - total.log()).squeeze(-1)
+                if gradient is not None:
+                    gradient[chunk] = weight[target] - (unnormed @ weight) / total
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return logps

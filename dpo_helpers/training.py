@@ -139,9 +139,10 @@ def train(
     """Train the model's trainable parameters in place; returns the metrics, one row an update or evaluation.
 
     A row holds step, epoch and split ("train" or "held_out"); training rows the batch means of loss and the
-    objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds. `evaluate`, which is given the
-    number of updates done, is called before the first update, then about `evaluations` times, the last after the last
-    update. Raises TrainingError on a loss or gradient that is not finite, before the update would spoil the weights.
+    objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds, and skipped, true, where fp16's
+    scaler met an overflow and made no update. `evaluate`, which is given the number of updates done, is called before
+    the first update, then about `evaluations` times, the last after the last update. Raises TrainingError on a loss or
+    gradient that is not finite, before the update would spoil the weights.
 
     unfinished: where checkpoints are kept, and gone on from bit for bit. With it, Ctrl-C and SIGTERM let the update end
     and save before they raise `interrupts.Interrupted`.
@@ -210,6 +211,8 @@ class _Run:
             raise
         self._step(step)
         row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
+        if not math.isfinite(row["grad_norm"]):
+            row["skipped"] = True
         row["seconds"] = time.perf_counter() - started
         self.done += 1
         self.note(row)

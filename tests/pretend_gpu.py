@@ -204,12 +204,14 @@ def pretend_gpu(patch: Any, capability: tuple[int, int] = (7, 5), free: float = 
     }  # fmt: skip
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    real, is_on = torch.autocast, torch.is_autocast_enabled
+    real, is_on, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
     patch.setattr(torch, "autocast", lambda kind, *a, **k: (_Autocast if kind == "cuda" else real)(kind, *a, **k))
     patch.setattr(
         torch, "is_autocast_enabled", lambda *k: bool(_Autocast.dtype_now()) if k[:1] == ("cuda",) else is_on(*k)
     )
-    patch.setattr(torch, "get_autocast_dtype", _Autocast.dtype_now)
+    patch.setattr(
+        torch, "get_autocast_dtype", lambda k: _Autocast.dtype_now() or torch.float16 if k == "cuda" else dtype_of(k)
+    )
     kernels = _Kernels()
     with _Calls(), kernels:
         yield kernels

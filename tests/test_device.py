@@ -27,7 +27,8 @@ def test_cpu_is_fp32(monkeypatch):
     assert compute.describe() == "cpu, fp32"
     assert not compute.grad_scaler().is_enabled()
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_compute().describe() == "mps, fp32"
+    assert pick_compute().describe() == "cpu, fp32", "it has to be asked for: there is no float64 there"
+    assert pick_compute("mps").describe() == "mps, fp32"
 
 
 @pytest.mark.parametrize(

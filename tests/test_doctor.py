@@ -69,6 +69,14 @@ def test_a_healthy_run_shows_nothing():
     assert set(verdicts(HEALTHY).values()) == {"no sign"}
 
 
+def test_an_update_that_fp16_skipped_is_no_sign():
+    """Its scaler tries how far it can go, in the first updates of most runs."""
+    skipped = row(1, grad_norm=float("inf"), skipped=True)
+    assert set(verdicts(replace(HEALTHY, training=[skipped, *HEALTHY.training[1:]])).values()) == {"no sign"}
+    told_nothing = {key: value for key, value in skipped.items() if key != "skipped"}
+    assert verdicts(replace(HEALTHY, training=[told_nothing, *HEALTHY.training[1:]]))[9] == "applies"
+
+
 @pytest.mark.parametrize("number", SICK)
 def test_each_sign_is_found_where_it_is_and_alone(number):
     found = verdicts(replace(HEALTHY, **SICK[number]))

@@ -94,6 +94,18 @@ def test_a_gpu_gets_the_numbers_of_a_cpu(small, tmp_path, monkeypatch, chip, pre
     assert made["about"]["device"] == f"cuda (Pretended GPU), {precision}"
 
 
+@pytest.mark.slow(15)
+@pytest.mark.usefixtures("_found_anew")
+def test_the_plain_path_too(small, tmp_path, monkeypatch):
+    """With a head that trains there is no fast path; IPO divides by the numbers of tokens."""
+    plain = replace(small, freeze_embeddings=False, loss_type="ipo", optimizer="adamw", learning_rate=1e-4)
+    on_cpu = steps.get_dpo(plain).metrics[-1]
+    with pretend_gpu(monkeypatch):
+        on_gpu = steps.get_dpo(replace(plain, device="cuda", runs_dir=str(tmp_path / "gpu"))).metrics[-1]
+    assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], abs=1e-5)
+    assert on_gpu["reward_margin"] == pytest.approx(on_cpu["reward_margin"], abs=1e-5)
+
+
 @pytest.mark.slow(120)
 def test_the_notebooks_run_on_a_t4_in_fp16(tmp_path, monkeypatch, is_long):
     """Small settings from the environment, and the last notebook first, which is opened alone then."""

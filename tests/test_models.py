@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from conftest import tiny_gpt2
+from dpo_helpers.device import Compute
 from dpo_helpers.errors import CourseError, ModelError, SettingsError
+from dpo_helpers.logprobs import head_logprobs, response_logprobs
 from dpo_helpers.models import (
     blocks,
     count_parameters,
@@ -167,3 +170,32 @@ def test_a_tokenizer_needs_an_end(gpt2, tokenizer, tmp_path):
     (tmp_path / "m/config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ModelError, match="has no end-of-text token"):
         load_tokenizer(load_settings("mini", model=str(tmp_path / "m")))
+
+
+def far_below_zero():
+    """A tiny GPT-2 whose logits lie near -100, as the real one's do: a shift that softmax does not see."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] += 4.0
+        model.transformer.ln_f.bias[0] = -40.0
+    return model
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_head_stays_in_float32(tmp_path, precision):
+    """In bf16 logits near -100 have steps of 0.5. The rest of a tiny model rounds by far less than that."""
+    far_below_zero().save_pretrained(tmp_path)
+    model, compute = load_saved(tmp_path), Compute(torch.device("cpu"), precision)
+    assert model.lm_head.weight is model.transformer.wte.weight, "still tied"
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad(), compute.autocast():
+        logits = model(ids).logits
+        plain = response_logprobs(logits, ids, torch.ones_like(ids, dtype=torch.bool))
+        by_head = head_logprobs(model.transformer(ids).last_hidden_state[0, :-1], model.lm_head.weight, ids[0, 1:])
+    assert logits.dtype == torch.float32
+    assert -140 < logits.mean() < -60
+    with torch.no_grad():
+        exact = model.double()(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
+    allowed = 1e-3 if precision == "fp32" else 0.6
+    assert plain.item() == pytest.approx(exact.sum().item(), abs=allowed)
+    assert (by_head - exact).abs().max() < allowed / 10

@@ -74,6 +74,20 @@ def test_fp16_lowers_its_scale_first_and_stops_when_there_is_nothing_to_lower():
     assert weights_hash(policy) == before
 
 
+def test_an_update_that_fp16_skips_says_so_and_leaves_the_weights():
+    """The first two gradients overflow; those after them are finite, and train."""
+    seen, hashes = [], []
+
+    def objective(model, batch, at):
+        seen.append(at)
+        hashes.append(weights_hash(model))
+        return (infinite_gradient(model) if len(seen) <= 2 else sft_objective)(model, batch, at)
+
+    rows = train(tiny_gpt2(), pairs(4), objective, plan(epochs=4), Compute(torch.device("cpu"), "fp16"), pad_id=0)
+    assert [row.get("skipped", False) for row in rows] == [True, True, False, False]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+
+
 def test_a_model_with_nan_weights_cannot_be_scored(cpu):
     """As a reference it would turn every later number into NaN."""
     model = tiny_gpt2()

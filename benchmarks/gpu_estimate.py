@@ -1,4 +1,4 @@
-"""What a GPU would change for the notebooks, estimated on a machine that has none: `python -m benchmarks.gpu_minutes`.
+"""What a GPU would change for the notebooks, estimated on a machine that has none: `python -m benchmarks.gpu_estimate`.
 
 Every notebook is executed twice with the mini profile, each time from an empty runs folder: as it is, on the CPU, and
 on the tests' pretended GPU (`tests/pretend_gpu.py`), which counts and times the operations that a GPU would take over.
@@ -47,7 +47,7 @@ def row(name: str, seconds: float, ran: dict[str, dict[str, float]]) -> dict[str
 
 
 def main() -> None:
-    """Execute all notebooks both ways, print the table and write results/gpu_minutes.json."""
+    """Execute all notebooks both ways, print the table and write results/gpu_estimate.json."""
     sources = sorted(notebooks_dir().glob("[0-9]*.ipynb"))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -65,7 +65,7 @@ def main() -> None:
         numbers = f"{r['cpu_s']:.0f} | {r['inside_s']:.0f} | {r['operations']:,} | {r['gpu_s']:.0f}"
         print(f"| {r['notebook']} | {numbers} |")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gpu_minutes.json").write_text(json.dumps({"launch_s": LAUNCH, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "gpu_estimate.json").write_text(json.dumps({"launch_s": LAUNCH, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
