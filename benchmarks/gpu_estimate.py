@@ -1,9 +1,9 @@
 """What a GPU would change for the notebooks, estimated on a machine that has none: `python -m benchmarks.gpu_estimate`.
 
-Every notebook is executed twice with the mini profile, each time from an empty runs folder: as it is, on the CPU, and
-on the tests' pretended GPU (`tests/pretend_gpu.py`), which counts and times the operations that a GPU would take over.
-What lies between them (Python, tokens, files, figures, the sampler's bookkeeping) stays on the CPU. The embedded model
-is so small that a GPU needs for each operation what it takes to launch it:
+All notebooks are executed in order, twice, with the mini profile and from an empty runs folder: as they are, on the
+CPU, and on the tests' pretended GPU (`tests/pretend_gpu.py`), which counts and times the operations that a GPU would
+take over. What lies between them (Python, tokens, files, figures, the sampler's bookkeeping) stays on the CPU. The
+embedded model is so small that a GPU needs for each operation what it takes to launch it:
 
     estimate = seconds on the CPU - seconds in these operations + operations · LAUNCH
 

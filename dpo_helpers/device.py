@@ -21,7 +21,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Compute:
     """Where and how precisely to compute: `device` is a torch device, `precision` fp32, bf16 or fp16.
 
-    Weights stay float32; bf16 and fp16 apply to the matrix products inside `autocast()`.
+    Weights stay float32; bf16 and fp16 apply to the matrix products inside `autocast()`, but for the head's.
     """
 
     device: torch.device
@@ -40,7 +40,8 @@ class Compute:
     def rounding(self, tokens: int) -> float:
         """Nats by which log p of so many tokens may differ from float32's by rounding: an allowance for checks.
 
-        1e-3 in fp32, for another order of the same sums; in 16 bits 0.05 a token, far less than a missing token costs.
+        1e-3 in fp32, for another order of the same sums. In 16 bits 0.05 a token, which is wide: such a check then
+        finds another model or another pair, but not always one missing token.
         """
         return 1e-3 if self.precision == "fp32" else 0.05 * tokens
 

@@ -254,6 +254,7 @@ def signs(rows: Sequence[MetricsRow]) -> dict[str, float]:
     """What to compare runs by: where they start, how large the gradient is, and where both kinds of pairs end.
 
     "at the end" is the mean of the last quarter of the updates for training batches, the last point for held-out pairs.
+    Updates that fp16's scaler skipped do not count.
     """
     done = [row for row in rows if not row.get("skipped")]
     updates, points = ([row for row in done if row["split"] == split] for split in ("train", "held_out"))

@@ -36,7 +36,7 @@ class _InverseTransform(LogitsProcessor):  # type: ignore[misc]
         self.uniforms, self.temperature, self.step = uniforms, temperature, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wide = scores.cpu() if scores.device.type == "mps" else scores  # which has no float64
+        wide = scores.cpu() if scores.device.type == "mps" else scores  # mps has no float64
         cumulative = (wide.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # [N, V]
         u = self.uniforms[:, self.step, None].to(cumulative) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1).to(scores.device)

@@ -159,8 +159,8 @@ def load_model(settings: Settings) -> Any:
 class Float32Head(nn.Linear):
     """An output head that autocast leaves in float32.
 
-    A float32 log-softmax of logits that were rounded to 16 bits comes too late: between 64 and 128, where many of
-    GPT-2's lie (below 0), bf16 has steps of 0.5 and fp16 of 0.06, and a policy differs from its reference by less.
+    A float32 log-softmax of logits that were rounded to 16 bits comes too late: between -128 and -64, where many of
+    GPT-2's lie, bf16 has steps of 0.5 and fp16 of 0.06; early in training a policy differs from its reference by less.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Settings:
     resume: bool = _setting(True, "go on with an unfinished training; no: set it aside and begin anew")
     seed: int = _setting(0, "seed of everything random")
     device: str = _setting("auto", "auto, cuda, cuda:N, mps or cpu")
-    precision: str = _setting("auto", "auto, fp32, bf16 or fp16; auto on a GPU: bf16 if the chip has it, else fp16")
+    precision: str = _setting("auto", "auto, fp32, bf16 or fp16; auto on cuda: bf16 if the chip has it, else fp16")
     runs_dir: str = _setting("", "where runs are kept; default: runs/ beside the notebooks")
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class TrunkStore:
         """Room for `rows` rows, or for as many as the budget (or the disk) allows; folder: for the file."""
         row = width * dtype.itemsize  # bytes
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what earlier tensors have left there is not counted as free
+            torch.cuda.empty_cache()  # what PyTorch still holds of earlier tensors does not count as free
             budget = min(budget, torch.cuda.mem_get_info(device)[0] / 2)  # the training needs some of what is free
         self.capacity = min(rows, int(budget / row))
         self.used, self._places = 0, dict[int, tuple[int, int]]()

@@ -141,8 +141,9 @@ def train(
     A row holds step, epoch and split ("train" or "held_out"); training rows the batch means of loss and the
     objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds, and skipped, true, where fp16's
     scaler met an overflow and made no update. `evaluate`, which is given the number of updates done, is called before
-    the first update, then about `evaluations` times, the last after the last update. Raises TrainingError on a loss or
-    gradient that is not finite, before the update would spoil the weights.
+    the first update, then about `evaluations` times, the last after the last update. Raises TrainingError on a loss
+    that is not finite, and on such a gradient where no scaler can skip it (any more), before the update would spoil
+    the weights.
 
     unfinished: where checkpoints are kept, and gone on from bit for bit. With it, Ctrl-C and SIGTERM let the update end
     and save before they raise `interrupts.Interrupted`.

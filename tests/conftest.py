@@ -36,7 +36,9 @@ def tiny_gpt2(seed: int = 0, vocab: int = 50, blocks: int = 3, positions: int = 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the fault tests (tests/faults) at their full counts")
+    parser.addoption(
+        "--long", action="store_true", help="tests/faults at their full counts, test_gpu.py with all notebooks"
+    )
 
 
 COUNTS: list[tuple[str, int, int]] = []

@@ -1,4 +1,4 @@
-"""The course on a GPU that is only pretended (`pretend_gpu`): on a real one nothing of it was ever run."""
+"""The course on a GPU that is only pretended (`pretend_gpu`): none of it was ever run on a real one."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,10 @@ from pretend_gpu import pretend_gpu, pretending_kernels
 from conftest import ROOT, SMALL
 from dpo_helpers import runs, steps
 from dpo_helpers.course import execute
+from dpo_helpers.models import load_model, load_tokenizer, save_model
 from dpo_helpers.runs import compute_of
+from dpo_helpers.settings import load_settings
+from dpo_helpers.sources import load_pairs
 
 H100, T4 = (9, 0), (7, 5)
 
@@ -106,19 +109,32 @@ def test_the_plain_path_too(small, tmp_path, monkeypatch):
     assert on_gpu["reward_margin"] == pytest.approx(on_cpu["reward_margin"], abs=1e-5)
 
 
-@pytest.mark.slow(120)
-def test_the_notebooks_run_on_a_t4_in_fp16(tmp_path, monkeypatch, is_long):
-    """Small settings from the environment, and the last notebook first, which is opened alone then."""
-    ran = pretending_kernels(tmp_path / "ipython")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    for key, value in {**SMALL, "precision": "auto", "runs_dir": tmp_path / "runs"}.items():
+@pytest.fixture
+def like_gpt2(tmp_path, monkeypatch):
+    """Settings of the gpt2 profile, cut down: its epochs and precision, with a model and pairs from files."""
+    mini, world = load_settings("mini"), load_pairs(load_settings("mini", max_pairs=36))
+    save_model(load_model(mini), load_tokenizer(mini), tmp_path / "model")
+    rows = [{"chosen": pair.prompt + pair.chosen, "rejected": pair.prompt + pair.rejected} for pair in world.train]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = {"model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "runs_dir": tmp_path / "runs"}
+    lengths = {"max_length": 256, "max_prompt_length": 128}  # the embedded model has 256 positions
+    cut = {key: value for key, value in SMALL.items() if key not in ("epochs", "batch_size")}
+    for key, value in {**cut, **files, **lengths}.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         monkeypatch.setenv(f"DPO_{key.upper()}", text)
+
+
+@pytest.mark.slow(120)
+@pytest.mark.usefixtures("like_gpt2")
+def test_the_notebooks_run_on_a_t4_in_fp16(tmp_path, monkeypatch, is_long):
+    """With the profile for a GPU, whose numbers the notebooks do not know; the last one first, so opened alone."""
+    ran = pretending_kernels(tmp_path / "ipython")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     without_a_model = ("01_data", "03_sft", "04_dpo_loss_derivation")  # on the GPU, once what they need is made
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"), reverse=True):
         if is_long or source.stem not in without_a_model:
             before = source.read_bytes()
-            execute(source, tmp_path / source.name, "mini")
+            execute(source, tmp_path / source.name, "gpt2")
             assert source.read_bytes() == before
             count = json.loads(ran.read_text(encoding="utf-8"))["count"]
             assert ("aten.addmm.default" in count) == (source.stem not in without_a_model)

@@ -1,4 +1,4 @@
-"""The committed notebooks: executed, checked, alike at their start, free of machine traces, runnable alone."""
+"""The committed notebooks: executed, checked, alike at their start, free of machine traces, which `test_gpu.py` also opens alone."""
 
 import os
 import re
