@@ -61,12 +61,10 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
     if half is None:
         return func(*args, **kwargs)
     wide = tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in HALF else t, (args, kwargs))
-    # attention's second result, the logarithm of its sums, is float32 in every precision
-    kept = 1 if "_scaled_dot_product" in str(func) and "backward" not in str(func) else None
     out = func(*wide[0], **wide[1])
-    if kept is None:
-        return tree_map_only(torch.Tensor, lambda t: t.to(half) if t.is_floating_point() else t, out)
-    return (out[0].to(half), *out[1:])
+    if "_scaled_dot_product" in str(func) and "backward" not in str(func):
+        return (out[0].to(half), *out[1:])  # the logarithm of attention's sums is float32 in every precision
+    return tree_map_only(torch.Tensor, lambda t: t.to(half) if t.is_floating_point() else t, out)
 
 
 class _Autocast:
@@ -84,7 +82,7 @@ class _Autocast:
         self.running.pop()
 
     @classmethod
-    def dtype_now(cls, *_: object) -> torch.dtype | None:
+    def dtype_now(cls) -> torch.dtype | None:
         """The dtype of the innermost context, None outside of all."""
         return cls.running[-1] if cls.running else None
 
@@ -204,13 +202,10 @@ def pretend_gpu(patch: Any, capability: tuple[int, int] = (7, 5), free: float = 
     }  # fmt: skip
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    real, is_on, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
+    real, is_on = torch.autocast, torch.is_autocast_enabled
     patch.setattr(torch, "autocast", lambda kind, *a, **k: (_Autocast if kind == "cuda" else real)(kind, *a, **k))
     patch.setattr(
         torch, "is_autocast_enabled", lambda *k: bool(_Autocast.dtype_now()) if k[:1] == ("cuda",) else is_on(*k)
-    )
-    patch.setattr(
-        torch, "get_autocast_dtype", lambda k: _Autocast.dtype_now() or torch.float16 if k == "cuda" else dtype_of(k)
     )
     kernels = _Kernels()
     with _Calls(), kernels:
