@@ -13,6 +13,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.output_widget import OutputWidget
 from tqdm import tqdm
 
 from .checkpoints import write_text
@@ -35,6 +36,17 @@ def notebooks_dir() -> Path:
     raise CourseError("no notebooks/ here or above: run this in a clone of the course")
 
 
+class _SilentOutput(OutputWidget):
+    """The output under a slider, of which the kernel is not told.
+
+    nbclient would tell it through the socket on which it awaits the cell's reply, and a reply that comes at that moment
+    wakes nobody: now and then notebook 4 hung for ever (nbclient#312). Sliders are dropped afterwards anyway.
+    """
+
+    def sync_state(self) -> None:
+        """Send nothing."""
+
+
 def execute(source: Path, target: Path, profile: str) -> float:
     """Execute one notebook and save the result as `target`, also after an error; returns the seconds it took.
 
@@ -51,6 +63,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
             resources={"metadata": {"path": str(source.parent)}},
             on_cell_execute=lambda **_: begun.append(1), on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip
+        client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = _SilentOutput
         asked = _interrupts_of(client)
         try:
             client.execute(env={**os.environ, **QUIET, "DPO_PROFILE": profile})

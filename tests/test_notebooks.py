@@ -125,3 +125,21 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
     with pytest.raises(CourseError, match=r"bad\.ipynb, code cell 2: ValueError: no; see .*out\.ipynb"):
         execute(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "mini")
     assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept to look at"
+
+
+def test_a_slider_cannot_stop_the_course(tmp_path):
+    """nbclient loses a reply that comes while it writes a slider's output back to the kernel: it must not write back."""
+    pytest.importorskip("ipywidgets", reason="the slider needs ipywidgets")
+    draw = "from ipywidgets import Output\nfrom IPython.display import display\nunder = Output()\ndisplay(under)"
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(draw + "\nwith under:\n    print('a figure')"),
+            nbformat.v4.new_code_cell("print(len(under.outputs))"),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "x"}},
+    )
+    nbformat.write(notebook, tmp_path / "slider.ipynb")
+    execute(tmp_path / "slider.ipynb", tmp_path / "out.ipynb", "mini")
+    first, second = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    assert second.outputs[0].text == "0\n", "the kernel was told"
+    assert first.outputs == [], "what the slider showed went into the cell"
