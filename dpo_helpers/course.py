@@ -36,7 +36,7 @@ def notebooks_dir() -> Path:
     raise CourseError("no notebooks/ here or above: run this in a clone of the course")
 
 
-class _SilentOutput(OutputWidget):
+class _SilentOutput(OutputWidget):  # type: ignore[misc]  # nbclient has no types
     """The output under a slider, of which the kernel is not told.
 
     nbclient would tell it through the socket on which it awaits the cell's reply, and a reply that comes at that moment
@@ -60,7 +60,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
     with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
         client = NotebookClient(
             notebook, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=ERROR"],
-            resources={"metadata": {"path": str(source.parent)}},
+            coalesce_streams=True, resources={"metadata": {"path": str(source.parent)}},
             on_cell_execute=lambda **_: begun.append(1), on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip
         client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = _SilentOutput

@@ -141,7 +141,7 @@ def _descend(
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
-    """Half the summed difference of two distributions, 0 … 1: the largest difference in any event's probability."""
+    """Half the sum of all |p − q| of two distributions, 0 … 1: the largest difference in any event's probability."""
     return 0.5 * (p - q).abs().sum().item()
 
 

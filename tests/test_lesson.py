@@ -135,6 +135,7 @@ BROKEN = {
     "title": (without("# 4 · ", "# Four: "), "the title"),
     "goals": (without("**Learn:**"), r"no \*\*Learn:\*\*"),
     "time": (without("CPU"), "time on CPU and GPU"),
+    "time on a GPU": (without("on a GPU as long", "on a GPU: not measured"), "time on CPU and GPU"),
     "shared cells": (drop("symbols"), "the shared cells are"),
     "picture": (without("explore_loss(", "print("), "the idea has no picture"),
     "headings": (without("## Quiz", "## Questions"), "in this order"),
