@@ -58,14 +58,16 @@ def main() -> None:
         for source, on_cpu in zip(sources, seconds, strict=True):
             execute(source, folder / source.name, "mini")
             rows.append(row(source.stem, on_cpu, json.loads(log.read_text(encoding="utf-8"))))
-    print(f"{_machine('cpu')}; {LAUNCH * 1e6:g} µs an operation\n")
-    print("| notebook | s on the CPU | of them in operations for a GPU | operations | estimate on a GPU, s |")
+    machine = _machine("cpu")
+    print(f"{machine}; {LAUNCH * 1e6:g} µs an operation\n")
+    print("| notebook | s on the CPU | s in operations for a GPU | operations | estimate on a GPU, s |")
     print("|---|---|---|---|---|")
     for r in rows:
         numbers = f"{r['cpu_s']:.0f} | {r['inside_s']:.0f} | {r['operations']:,} | {r['gpu_s']:.0f}"
         print(f"| {r['notebook']} | {numbers} |")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gpu_estimate.json").write_text(json.dumps({"launch_s": LAUNCH, "rows": rows}, indent=1) + "\n")
+    result = {"machine": machine, "launch_s": LAUNCH, "rows": rows}
+    (RESULTS / "gpu_estimate.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
     with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
         client = NotebookClient(
             notebook, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=ERROR"],
-            coalesce_streams=True, resources={"metadata": {"path": str(source.parent)}},
+            resources={"metadata": {"path": str(source.parent)}},
             on_cell_execute=lambda **_: begun.append(1), on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip
         client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = _SilentOutput
@@ -76,6 +76,7 @@ def execute(source: Path, target: Path, profile: str) -> float:
         finally:
             notebook.metadata.pop("language_info", None)
             drop_widgets(notebook)
+            join_prints(notebook)
             write_text(target, nbformat.writes(notebook) + "\n")
     return time.perf_counter() - started
 
@@ -86,6 +87,19 @@ def drop_widgets(notebook: dict[str, Any]) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
+
+
+def join_prints(notebook: dict[str, Any]) -> None:
+    """Make one output of prints that follow each other: the kernel cuts them where its clock happens to tick."""
+    for cell in notebook["cells"]:
+        joined: list[dict[str, Any]] = []
+        for output in cell.get("outputs", []):
+            if joined and "name" in output and output["name"] == joined[-1].get("name"):
+                joined[-1]["text"] += output["text"]
+            else:
+                joined.append(output)
+        if cell["cell_type"] == "code":
+            cell["outputs"] = joined
 
 
 def _interrupts_of(client: NotebookClient) -> list[int]:

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from dpo_helpers.course import execute
+from dpo_helpers.course import execute, join_prints
 
 NAMES = (
     "01_data", "02_reference", "03_sft", "04_dpo_loss_derivation", "05_dpo_training", "06_beta_sweep", "07_generations",
@@ -125,6 +125,17 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
     with pytest.raises(CourseError, match=r"bad\.ipynb, code cell 2: ValueError: no; see .*out\.ipynb"):
         execute(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "mini")
     assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept to look at"
+
+
+def test_prints_that_follow_each_other_become_one_output_and_no_other_moves():
+    def printed(text, name="stdout"):
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    shown = nbformat.v4.new_output("display_data", data={"text/plain": "a table"})
+    outputs = [printed("a"), printed("b"), shown, printed("c"), printed("d", "stderr"), printed("e", "stderr")]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=outputs)])
+    join_prints(notebook)
+    assert notebook.cells[0].outputs == [printed("ab"), shown, printed("c"), printed("de", "stderr")]
 
 
 def test_a_slider_cannot_stop_the_course(tmp_path):

@@ -117,7 +117,7 @@ PUZZLES: dict[str, Puzzle] = {
     "D": Puzzle(
         DROPOUT,
         "the very first training batch has a loss above ln 2 and rewards far below 0, before any update; the held-out "
-        "points, measured with dropout off, start at ln 2 and get better, and training looks worse on the whole",
+        "points, measured with dropout off, start at ln 2, get better, and on the whole look better than training",
         "model.eval() for every log-probability that enters the loss; this course's loop calls it, and its fast path "
         "refuses a model in training mode",
         {

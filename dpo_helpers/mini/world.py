@@ -7,8 +7,8 @@ any judge can reach on them is known too (`best_possible_accuracy`).
 
 Both answers of a pair come from one unranked mixture of good and bad answers (`sample_answer`). The
 embedded GPT-2 was pre-trained on that same mixture (`pretraining_texts`), over all topics, as GPT-2 has
-read about Paris before it is asked; no prompt of the training split is about a held-out topic (its
-off-topic answers may drop a sentence on one).
+read about Paris before it is asked; no prompt of the training split is about a held-out topic (but
+its off-topic answers may give such a topic's tips).
 
 Everything random is drawn with `random.Random(...).random()` alone, whose stream Python keeps stable
 between versions, so a seed names the same data everywhere (a test holds its hash).
