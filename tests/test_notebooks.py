@@ -88,7 +88,8 @@ import nbformat, sys
 from pathlib import Path
 from dpo_helpers.course import execute
 from dpo_helpers.interrupts import Interrupted
-cell = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+# in short sleeps: a signal that comes just before a sleep begins does not wake it
+cell = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); [time.sleep(0.1) for _ in range(600)]"
 notebook = nbformat.v4.new_notebook(
     cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell(cell)],
     metadata={"kernelspec": {"name": "python3", "display_name": "x"}},
