@@ -1,8 +1,8 @@
 """The source study of this course: what it published, and its own estimator on our runs.
 
 The study trained GPT-2 on HH-RLHF with RMSprop at 1e-6 and reports a "reward" and a "KL" for its models. Its reward is
-β times its "KL"; what its "KL" is, it does not say: as we read it, the mean log-ratio on the data's chosen responses
-(`chosen_logratio` here).
+β times its "KL"; we know it by these numbers only, and read its "KL" as the mean log-ratio on the data's chosen
+responses (`chosen_logratio` here).
 """
 
 from __future__ import annotations

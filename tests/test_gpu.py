@@ -117,9 +117,9 @@ def like_gpt2(tmp_path, monkeypatch):
     rows = [{"chosen": pair.prompt + pair.chosen, "rejected": pair.prompt + pair.rejected} for pair in world.train]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     files = {"model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "runs_dir": tmp_path / "runs"}
-    lengths = {"max_length": 256, "max_prompt_length": 128}  # the embedded model has 256 positions
+    others = {"max_length": 256, "max_prompt_length": 128, "beta": 0.3}  # the model's 256 positions; no β of the sweep
     cut = {key: value for key, value in SMALL.items() if key not in ("epochs", "batch_size")}
-    for key, value in {**cut, **files, **lengths}.items():
+    for key, value in {**cut, **files, **others}.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         monkeypatch.setenv(f"DPO_{key.upper()}", text)
 

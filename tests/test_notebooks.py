@@ -1,4 +1,4 @@
-"""The committed notebooks: executed, checked, alike at their start, free of machine traces, which `test_gpu.py` also opens alone."""
+"""The committed notebooks: executed, checked, alike at their start, free of machine traces; their execution."""
 
 import os
 import re
