@@ -3,7 +3,12 @@
 Kept light: importing the package loads neither torch nor transformers.
 """
 
+import os
 import warnings
+
+# OpenMP threads that spin while they wait take the core from whoever has work, such as a second kernel. libgomp reads
+# this once, when torch is loaded, so it is set here, before any module of the package loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Progress bars here are plain text; Jupyter widgets are not needed for them, and not missed.
 warnings.filterwarnings("ignore", message="IProgress not found")

@@ -13,14 +13,17 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from . import parallel
-from .checkpoints import start_over
 from .errors import CourseError
+from .run import processes
+from .run.disk import start_over
 from .settings import PROFILES, Settings, load_settings, parse_value
 from .untrusted import one_line
 
+if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes, the first one draws the progress bars
+    os.environ["TQDM_DISABLE"] = "1"
+
 app = typer.Typer(
-    help="Direct Preference Optimization by doing it: the steps of the course, headless.",
+    help="Direct Preference Optimization by doing it: the stages of the course, headless.",
     rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
@@ -61,11 +64,11 @@ def _plain_errors() -> Iterator[None]:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stop:
-        typer.echo("\n" + (str(stop) or "interrupted: finished steps are kept; run the same again to go on"), err=True)
+        typer.echo("\n" + (str(stop) or "interrupted: finished stages are kept; run the same again to go on"), err=True)
         raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
-def step(run: Callable[..., None]) -> Callable[..., None]:
+def command(run: Callable[..., None]) -> Callable[..., None]:
     """Register a command that takes every setting as an option; `run` gets the Settings and its own options."""
     parameters = inspect.signature(run, eval_str=True).parameters.values()
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
@@ -83,7 +86,7 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
             # the command line beats DPO_PROFILE, which is this option's default
             os.environ["DPO_PROFILE"] = given["profile"]
             settings = load_settings(given["profile"], **overrides)
-            if fresh and parallel.is_main():
+            if fresh and processes.is_main():
                 start_over(settings.run_dir)
             run(settings, **own_values)
 
@@ -92,18 +95,18 @@ def step(run: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _say_stage(stage: Any) -> None:
-    if parallel.is_main():
-        print(one_line(f"{stage.name}: {stage.folder}"))
+def _say_where(model: Any) -> None:
+    if processes.is_main():
+        print(one_line(f"{model.name}: {model.folder}"))
 
 
-@step
+@command
 def data(settings: Settings) -> None:
-    """Step 1: read, check, split and tokenise the preference pairs."""
-    from .steps import get_data
+    """Stage 1: read, check, split and tokenise the preference pairs."""
+    from .run.stages import get_data
 
     found = get_data(settings)
-    if parallel.is_main():
+    if processes.is_main():
         facts = (
             f"data: {found.pairs.source}: {len(found.train)} training and {len(found.held_out)} held-out pairs, "
             f"{len(found.pairs.dropped)} rows dropped ({settings.run_dir / 'data'})"
@@ -111,46 +114,46 @@ def data(settings: Settings) -> None:
         print(one_line(facts))
 
 
-@step
+@command
 def reference(settings: Settings) -> None:
-    """Step 2: the plain model and its log-probabilities."""
-    from .steps import get_base
+    """Stage 2: the plain model and its log-probabilities."""
+    from .run.stages import get_base
 
-    _say_stage(get_base(settings))
+    _say_where(get_base(settings))
 
 
-@step
+@command
 def sft(settings: Settings) -> None:
-    """Step 3: supervised fine-tuning on the chosen responses."""
-    from .steps import get_sft
+    """Stage 3: supervised fine-tuning on the chosen responses."""
+    from .run.stages import get_sft
 
-    _say_stage(get_sft(settings))
+    _say_where(get_sft(settings))
 
 
-@step
+@command
 def dpo(settings: Settings) -> None:
-    """Step 5: DPO training at the settings' beta."""
-    from .steps import get_dpo
+    """Stage 5: DPO training at the settings' beta."""
+    from .run.stages import get_dpo
 
-    _say_stage(get_dpo(settings))
+    _say_where(get_dpo(settings))
 
 
-@step
+@command
 def sweep(settings: Settings) -> None:
-    """Step 6: DPO for every beta of the sweep."""
-    from .steps import get_sweep
+    """Stage 6: DPO for every beta of the sweep."""
+    from .run.stages import get_sweep
 
-    for stage in get_sweep(settings).values():
-        _say_stage(stage)
+    for model in get_sweep(settings).values():
+        _say_where(model)
 
 
-@step
+@command
 def generate(settings: Settings) -> None:
-    """Step 7: the same prompts through the three models, and the final model's folder."""
-    from .display import show_text
-    from .steps import get_final_model, get_generations
+    """Stage 7: the same prompts through the three models, and the final model's folder."""
+    from .run.outputs import get_final_model, get_generations
+    from .show.tables import show_text
 
-    parallel.require_one("generate")
+    processes.require_one("generate")
 
     for name, responses in get_generations(settings).items():
         if "/" not in name:
@@ -159,32 +162,32 @@ def generate(settings: Settings) -> None:
     print(one_line(f"final model: {get_final_model(settings)}"))
 
 
-@step
+@command
 def report(settings: Settings) -> None:
     """Evaluate all models; write results.json, figures/ and report.html."""
-    from .report import make_report
+    from .run.report import make_report
 
-    parallel.require_one("report")
+    processes.require_one("report")
     print(one_line(f"report: {make_report(settings)}"))
 
 
-@step
+@command
 def all_(settings: Settings) -> None:
-    """All steps, then the report."""
-    parallel.require_one("all")
+    """All stages, then the report."""
+    processes.require_one("all")
     for run in (data, reference, sft, dpo, sweep, generate, report):
         run(settings)
 
 
-@step
+@command
 def course(
     settings: Settings,
     in_place: Annotated[bool, typer.Option(help="put outputs into notebooks/ itself, to regenerate them")] = False,
 ) -> None:
     """Execute the seven notebooks in order, then write the report: what `make course` runs."""
-    from .course import run_course
+    from .run.course import run_course
 
-    parallel.require_one("course")
+    processes.require_one("course")
     changed = {
         f.name for f in fields(Settings)
         if f.name != "runs_dir" and getattr(settings, f.name) != getattr(load_settings(settings.profile), f.name)
@@ -202,21 +205,23 @@ def doctor(
     run: Annotated[Optional[Path], typer.Argument(help="a run of the course, or a TRL output folder")] = None,  # noqa: UP045
 ) -> None:
     """Say which of fifteen known pains a run shows; without RUN, make each of them happen in a small experiment."""
-    from .doctor import describe, examine, read_run
-    from .pains import PAINS
+    from .lesson.doctor import describe, examine, read_run
+    from .lesson.pains import PAINS
 
     with _plain_errors():
         if run is not None:
             print(describe(examine(read_run(run))))
         else:
             for pain in PAINS:
-                print(f"{pain.number:2d}. {pain.symptom} ({pain.seen_in})\n    {pain.run()}\n    do: {pain.remedy}")
+                print(
+                    f"{pain.number:2d}. {pain.symptom} ({pain.seen_in})\n    {pain.experiment()}\n    do: {pain.remedy}"
+                )
 
 
 @app.command()
 def versions() -> None:
     """Compare the installed packages with the oldest versions that are safe and work; status 2 if one is older."""
-    from .supply import check_versions
+    from .tools.versions import check_versions
 
     with _plain_errors():
         for row in check_versions():
@@ -226,8 +231,8 @@ def versions() -> None:
 @app.command()
 def lesson() -> None:
     """For authors: copy what all notebooks share into each, and write notebooks/exercises/ without the solutions."""
-    from .course import notebooks_dir
-    from .lesson import write_lessons
+    from .run.course import notebooks_dir
+    from .tools.skeleton import write_lessons
 
     with _plain_errors():
         for path in write_lessons(notebooks_dir()):
@@ -238,8 +243,8 @@ def lesson() -> None:
 def build_mini_command(
     out: Annotated[Path, typer.Option(help="folder for the model and tokenizer")] = Path("mini-model"),
 ) -> None:
-    """Rebuild the embedded GPT-2 from nothing, as it ships in dpo_helpers/mini/model/."""
-    from .pretrain import build_mini
+    """Rebuild the embedded GPT-2 from nothing, as it ships in dpo_helpers/worlds/mini/model/."""
+    from .tools.pretrain import build_mini
 
     build_mini(out)
 

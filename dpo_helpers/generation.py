@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .device import Compute
-from .tokens import encode_text
+from .tokens import encode_texts
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Response:
 class _InverseTransform(LogitsProcessor):  # type: ignore[misc]
     """Turns greedy decoding into sampling: keeps only the token at which the cumulative probability passes u.
 
-    uniforms: [N, steps], one number in [0, 1) a row and step, fixed beforehand. So a row's sample does not
+    uniforms: [N, steps], one number in [0, 1) per row and step, fixed beforehand. So a row's sample does not
     depend on the rows beside it, and two models that see the same u differ only where their distributions do.
     """
 
@@ -69,7 +69,7 @@ def sample(
     Prompts longer than `max_prompt_length` tokens keep their last ones, as in training. Prompts of like length
     share a batch, padded on the left. Runs transformers' `generate` with its cache.
     """
-    encoded = [encode_text(tokenizer, prompt)[-max_prompt_length:] for prompt in prompts]
+    encoded = [ids[-max_prompt_length:] for ids in encode_texts(tokenizer, prompts)]
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     responses: dict[int, Response] = {}
     eos = tokenizer.eos_token_id
@@ -93,26 +93,3 @@ def sample(
             row = row[: row.index(eos) + 1] if ended else row
             responses[i] = Response(prompts[i], row, tokenizer.decode(row[:-1] if ended else row), ended)
     return [responses[i] for i in range(len(prompts))]
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different word n-grams among all of a set of texts (Li et al. 2016); nan if there are none."""
-    grams = [gram for text in texts for gram in _ngrams(text, n)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
-
-
-def repeated_share(text: str, n: int = 3) -> float:
-    """Share of a text's word n-grams that repeat an earlier one; 0 for a text without any."""
-    grams = _ngrams(text, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def ends_in_a_loop(text: str, times: int = 3) -> bool:
-    """Whether a text ends with the same group of words `times` times in a row, such as "I see. I see. I see." """
-    words = text.lower().split()
-    return any(words[-times * period :] == words[-period:] * times for period in range(1, len(words) // times + 1))
-
-
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

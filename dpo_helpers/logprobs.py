@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from .tokens import PairBatch
+from .tokens import EncodedPair, PairBatch, collate
+
+BOTH = ("chosen", "rejected")
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -56,50 +59,44 @@ def pair_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-CHUNK_BYTES = 2**26  # of logits that exist at a time
+@dataclass(frozen=True)
+class PairScores:
+    """log p(response | prompt) of n pairs under one model, with the responses' lengths; all [n], on the CPU.
 
-
-def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target under logits = hidden · weightᵀ, without keeping the logits. Returns [M], float32.
-
-    hidden: [M, d]; weight: [V, d], the output head; targets: [M]. float64 stays float64, and nothing is less than
-    float32: GPT-2's logits lie far below 0, where 16 bits are coarse (`models.Float32Head`). With a frozen head the
-    gradient has a closed form, ∂log p/∂hidden = weight[target] - softmax(logits) · weight, which is computed in the
-    forward pass, chunk by chunk, while the logits are at hand. With one that trains, autograd does it.
+    chosen, rejected: float32, nats; chosen_tokens, rejected_tokens: int64, end-of-text included.
     """
-    if weight.requires_grad and torch.is_grad_enabled():
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.to(weight.dtype) @ weight.T  # [M, V]
-        return -cross_entropy(logits, targets, reduction="none")
-    logps: Tensor = _HeadLogprobs.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
-    return logps
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    def __getitem__(self, at: Any) -> PairScores:
+        """The scores of some of the pairs: a slice, indices or a mask."""
+        return PairScores(self.chosen[at], self.rejected[at], self.chosen_tokens[at], self.rejected_tokens[at])
+
+    def to(self, device: torch.device) -> PairScores:
+        """The same scores on a device."""
+        return PairScores(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class _HeadLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        weight = weight.to(dtype)
-        logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
-                logits = hidden[chunk].to(dtype) @ weight.T  # [rows, V]
-                target = targets[chunk]
-                largest = logits.amax(dim=-1, keepdim=True)
-                of_target = logits.gather(-1, target[:, None])
-                unnormed = logits.sub_(largest).exp_()  # softmax, but for the division by its sum
-                total = unnormed.sum(dim=-1, keepdim=True)
-                logps[chunk] = (of_target - largest - total.log()).squeeze(-1)
-                if gradient is not None:
-                    gradient[chunk] = weight[target] - (unnormed @ weight) / total
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return logps
+class Scorer(Protocol):
+    """Where log-probabilities come from: `PlainScorer`, or `fast.engine.FastScorer`, which gives the same numbers."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (upstream[:, None] * gradient).to(gradient.dtype), None, None
+    def __call__(self, model: Any, at: Sequence[int], sides: Sequence[str] = BOTH) -> tuple[Tensor, ...]:
+        """log p(response | prompt) under `model` of the pairs at these positions: for each side [B], float32."""
+
+
+@dataclass(frozen=True)
+class PlainScorer:
+    """The plain path as a `Scorer`: the pairs at these positions are collated and run through the model."""
+
+    pairs: Sequence[EncodedPair]
+    pad_id: int
+
+    def __call__(self, model: Any, at: Sequence[int], sides: Sequence[str] = BOTH) -> tuple[Tensor, ...]:
+        """As `Scorer`; only the rows of the sides that are asked for are run."""
+        batch = collate([self.pairs[i] for i in at], self.pad_id).to(model.device)
+        rows = slice(0, 2 * len(at)) if len(sides) == 2 else slice(0, len(at))  # the chosen ones come first
+        sums = batch_logprobs(model, batch.ids[rows], batch.attention_mask[rows], batch.response_mask[rows])
+        return sums.chunk(len(sides))

@@ -10,25 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import DataError
 from .hh import Pair
-
-
-class TokenizerLike(Protocol):
-    """What the course needs of a tokenizer: text to ids and back, and the id that ends a text."""
-
-    eos_token_id: int
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
-        """Token ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
 
 
 @dataclass(frozen=True)
@@ -72,62 +60,46 @@ class PairBatch:
         return PairBatch(self.ids.to(device), self.attention_mask.to(device), self.response_mask.to(device), self.rows)
 
 
-def encode_text(tokenizer: TokenizerLike, text: str) -> list[int]:
-    """Token ids of a text as it stands: nothing is added before or after it.
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text as it is: nothing is added or cut, and "<|endoftext|>" in it is thirteen characters.
 
-    The tokenizer must be one of `models.load_tokenizer`, for which "<|endoftext|>" in a text is thirteen characters.
+    tokenizer: one of transformers, as `run.loading.load_tokenizer` gives it.
     """
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    if getattr(tokenizer, "is_fast", False):  # no offsets, no masks: only ids are wanted
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+        return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
 
-def encode_pair(tokenizer: TokenizerLike, pair: Pair, *, max_length: int, max_prompt_length: int) -> EncodedPair:
-    """Tokenise a pair and truncate it where prompt + longer response exceeds `max_length` tokens.
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of one text, as in `encode_texts`."""
+    return encode_texts(tokenizer, [text])[0]
 
-    Truncation keeps the last `max_prompt_length` prompt tokens, then cuts each response to what is left.
-    """
-    prompt, *sides = (encode_text(tokenizer, text) for text in (pair.prompt, pair.chosen, pair.rejected))
-    prompt_cut, cuts = 0, [0, 0]
-    sides = [[*side, tokenizer.eos_token_id] for side in sides]
-    if len(prompt) + max(map(len, sides)) > max_length:
-        prompt_cut = max(0, len(prompt) - max_prompt_length)
-        prompt = prompt[prompt_cut:]
-        room = max_length - len(prompt)
-        cuts = [max(0, len(side) - room) for side in sides]
-        sides = [side[:room] for side in sides]
-    return EncodedPair(prompt, sides[0], sides[1], pair.index, prompt_cut, cuts[0], cuts[1])
+
+def encode_pair(tokenizer: Any, pair: Pair, *, max_length: int, max_prompt_length: int) -> EncodedPair:
+    """Tokenise one pair, as `encode_pairs` does."""
+    return next(encode_pairs(tokenizer, [pair], max_length=max_length, max_prompt_length=max_prompt_length))
 
 
 def encode_pairs(
     tokenizer: Any, pairs: Iterable[Pair], *, max_length: int, max_prompt_length: int, chunk: int = 256
 ) -> Iterator[EncodedPair]:
-    """`encode_pair` of each pair, as they come, `chunk` at a time, which a tokenizer of transformers does faster."""
-    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    """Tokenise pairs as they come, and truncate each whose prompt + longer response exceeds `max_length` tokens.
+
+    Truncation keeps the last `max_prompt_length` prompt tokens, then cuts each response to what is left. chunk: pairs
+    that meet the tokenizer together.
+    """
     stream = iter(pairs)
     while part := list(islice(stream, chunk)):
-        texts = [text for pair in part for text in (pair.prompt, pair.chosen, pair.rejected)]
-        known = _Known(dict(zip(texts, _encode_batch(tokenizer, texts), strict=True)), tokenizer.eos_token_id)
-        yield from (encode_pair(known, pair, **lengths) for pair in part)
-
-
-def _encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if getattr(tokenizer, "is_fast", False):  # no offsets, no masks: only ids are wanted
-        tokenizer.backend_tokenizer.encode_special_tokens = True  # as `models.load_tokenizer` asks of each call
-        return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    return [encode_text(tokenizer, text) for text in texts]
-
-
-@dataclass
-class _Known:
-    """A tokenizer of texts whose ids were found before."""
-
-    ids: dict[str, list[int]]
-    eos_token_id: int
-
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        return self.ids[text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        raise NotImplementedError
+        ids = iter(encode_texts(tokenizer, [text for p in part for text in (p.prompt, p.chosen, p.rejected)]))
+        for pair, prompt, chosen, rejected in zip(part, ids, ids, ids, strict=False):
+            prompt_cut, room = 0, max_length
+            sides = [[*side, tokenizer.eos_token_id] for side in (chosen, rejected)]
+            if len(prompt) + max(map(len, sides)) > max_length:
+                prompt_cut = max(0, len(prompt) - max_prompt_length)
+                room = max_length - (len(prompt) - prompt_cut)
+            cuts = (max(0, len(side) - room) for side in sides)
+            yield EncodedPair(prompt[prompt_cut:], sides[0][:room], sides[1][:room], pair.index, prompt_cut, *cuts)
 
 
 def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
@@ -149,9 +121,8 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
 
 def by_length(pairs: Sequence[EncodedPair]) -> list[int]:
     """Positions of the pairs, shortest first (prompt + longer response): neighbours pad little in one batch."""
-    return sorted(
-        range(len(pairs)), key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))
-    )
+    longer = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return sorted(range(len(pairs)), key=longer.__getitem__)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

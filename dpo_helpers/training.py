@@ -1,36 +1,29 @@
-"""One training loop for SFT and DPO: what differs is the objective, a function from a batch to losses."""
+"""The one training loop, for SFT and DPO: what differs is the objective, from log-probabilities to losses."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from . import parallel
 from .device import Compute
-from .engine import FastPath
-from .errors import TrainingError
-from .gradients import Gradient, NotFinite, Objective, require_finite
-from .interrupts import Interrupted, finishing_first
-from .logprobs import batch_logprobs, pair_logprobs
-from .losses import pair_losses, sft_loss
-from .resume import TrainState, Unfinished
-from .tokens import EncodedPair, PairBatch, batch_order
+from .logprobs import BOTH, PairScores, Scorer
+from .losses import dpo_loss, sft_loss
+from .tokens import EncodedPair, batch_order
 
 MetricsRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """How to train: sizes and rates as in `settings.Settings`, of one step of the course."""
+    """How to train: sizes and rates as in `settings.Settings`, of one training of the course."""
 
     epochs: int
     batch_size: int
@@ -45,46 +38,35 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class SFTObjective:
-    """Negative log-likelihood a token of the chosen responses; fast: the fast path over the training pairs, if any."""
+    """Negative log-likelihood per token of the chosen responses. chosen_tokens: their lengths, [n], on the CPU.
 
-    fast: FastPath | None = None
+    An objective gets the positions of B pairs and the policy's log-probabilities of their responses, [B] for each side
+    that it names, and gives losses [B] and metrics, [B] each.
+    """
 
-    def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses of a batch; on the plain path only the B chosen rows are run."""
-        size = len(batch.rows)
-        ids, mask, response = batch.ids[:size], batch.attention_mask[:size], batch.response_mask[:size]
-        fast = self.fast.chosen_logprobs(model, pairs) if self.fast else None
-        logps = batch_logprobs(model, ids, mask, response) if fast is None else fast
-        return sft_loss(logps, response.sum(dim=-1)), {}
+    sides: ClassVar[tuple[str, ...]] = ("chosen",)
+    chosen_tokens: Tensor
 
-
-sft_objective = SFTObjective()
+    def __call__(self, at: Sequence[int], chosen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses; there are no metrics beside them."""
+        return sft_loss(chosen, self.chosen_tokens[list(at)].to(chosen.device)), {}
 
 
 @dataclass(frozen=True)
 class DPOObjective:
-    """A loss of `losses.dpo_loss` against reference log-probabilities that were computed once.
+    """A loss of `losses.dpo_loss`. reference: log-probabilities of all training pairs under π_ref, computed once."""
 
-    reference_chosen, reference_rejected: log p_ref of every training pair, [n], float32, on the CPU. fast: the fast
-    path over the training pairs, if any.
-    """
-
-    reference_chosen: Tensor
-    reference_rejected: Tensor
+    sides: ClassVar[tuple[str, ...]] = BOTH
+    reference: PairScores
     beta: float
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
-    fast: FastPath | None = None
 
-    def __call__(self, model: Any, batch: PairBatch, pairs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """DPO losses and the rewards of a batch, one value a pair; `pairs` picks the reference's values."""
-        chosen, rejected = self.fast.pair_logprobs(model, pairs) if self.fast else pair_logprobs(model, batch)
-        at = list(pairs)
-        reference_chosen = self.reference_chosen[at].to(chosen.device)
-        reference_rejected = self.reference_rejected[at].to(chosen.device)
-        tokens = batch.response_mask.sum(dim=-1).chunk(2)
-        losses, chosen_reward, rejected_reward = pair_losses(
-            chosen, rejected, reference_chosen, reference_rejected, *tokens,
+    def __call__(self, at: Sequence[int], chosen: Tensor, rejected: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses; the metrics are the implicit rewards, their margin, and whether it is above 0."""
+        ref = self.reference[list(at)].to(chosen.device)
+        losses, chosen_reward, rejected_reward = dpo_loss(
+            chosen, rejected, ref.chosen, ref.rejected, lengths=(ref.chosen_tokens, ref.rejected_tokens),
             beta=self.beta, loss_type=self.loss_type, label_smoothing=self.label_smoothing,
         )  # fmt: skip
         return losses, {
@@ -93,6 +75,9 @@ class DPOObjective:
             "reward_margin": chosen_reward - rejected_reward,
             "reward_accuracy": (chosen_reward > rejected_reward).float(),
         }
+
+
+Objective = SFTObjective | DPOObjective  # what a training minimises
 
 
 def make_optimizer(name: str, parameters: list[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -123,183 +108,89 @@ def rate_factor(step: int, total: int, plan: TrainPlan) -> float:
     return factor
 
 
+class WholeBatch:
+    """How a gradient is made, plainly: from all pairs of a batch at once. `run.gradients` does it in parts."""
+
+    def parts(self, pairs: Sequence[EncodedPair], at: Sequence[int], step: int) -> Iterator[Sequence[int]]:
+        """The parts of a batch, as positions of pairs: one, which is all of it."""
+        yield at
+
+    def attempt(self) -> AbstractContextManager[object]:
+        """A context in which one part is computed."""
+        return nullcontext()
+
+    def backward(self, losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Add the gradient of the mean loss to the parameters; losses and each metric: [B]."""
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        self.means = {"loss": losses.mean().item(), **{key: value.mean().item() for key, value in metrics.items()}}
+
+    def finish(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """The batch means of loss and metrics, now that all parts are in."""
+        return self.means
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> dict[str, Any]:
+        """Update the weights; norm: of the gradient, before clipping. Returns what the row should say of it."""
+        optimizer.step()
+        return {"grad_norm": norm.item()}
+
+
+class Watch:
+    """What happens after an update: here nothing. `run.watch` evaluates, logs, saves and stops."""
+
+    def begin(self, model: Any, optimizer: torch.optim.Optimizer, gradient: WholeBatch, total: int) -> list[MetricsRow]:
+        """Before the first of `total` updates: the rows of an earlier part of this training, whose weights it sets."""
+        return []
+
+    def updated(self, rows: list[MetricsRow]) -> None:
+        """After an update, whose row is the last one; rows of its own are added to the list."""
+
+
 def train(
     model: Any,
     pairs: Sequence[EncodedPair],
+    scorer: Scorer,
     objective: Objective,
     plan: TrainPlan,
     compute: Compute,
     *,
-    pad_id: int,
-    evaluate: Callable[[int], MetricsRow] | None = None,
-    evaluations: int = 8,
+    gradient: WholeBatch | None = None,
+    watch: Watch | None = None,
     name: str = "training",
-    unfinished: Unfinished | None = None,
 ) -> list[MetricsRow]:
-    """Train the model's trainable parameters in place; returns the metrics, one row an update or evaluation.
+    """Train the model's trainable parameters in place; returns the metrics, one row per update (and those of `watch`).
 
-    A row holds step, epoch and split ("train" or "held_out"); training rows the batch means of loss and the
-    objective's metrics, grad_norm (before clipping), learning_rate, pairs and seconds, and skipped, true, where fp16's
-    scaler met an overflow and made no update. `evaluate`, which is given the number of updates done, is called before
-    the first update, then about `evaluations` times, the last after the last update. Raises TrainingError on a loss
-    that is not finite, and on such a gradient where no scaler can skip it (any more), before the update would spoil
-    the weights.
-
-    unfinished: where checkpoints are kept, and gone on from bit for bit. With it, Ctrl-C and SIGTERM let the update end
-    and save before they raise `interrupts.Interrupted`.
+    scorer: where log-probabilities come from, over these pairs (it may know more, behind them). gradient: how a
+    gradient is made, by default from the whole batch. watch: what happens after an update, by default nothing.
+    A row holds step, epoch and split ("train"); the batch means of loss and the objective's metrics; grad_norm (before
+    clipping), learning_rate, pairs and seconds.
     """
-    batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
-    points = evaluation_points(len(batches), evaluations)
     model.eval()  # dropout stays off: a log-probability that enters a loss must be the model's own
-    run = _Run(model, pairs, objective, plan, compute, pad_id, len(batches), name)
-    run.begin(unfinished)
-    if evaluate and not run.rows:
-        run.note({"step": 0, "epoch": 0, "split": "held_out", **evaluate(0)})
-    quiet = {} if parallel.is_main() else {"disable": True}  # else TQDM_DISABLE decides
-    bar = tqdm(batches[run.done :], desc=name, unit="update", initial=run.done, total=len(batches), **quiet)
-    with finishing_first() if unfinished else nullcontext(lambda: 0) as asked_to_stop, run.own_randomness():
-        for epoch, at in bar:
-            row = run.update(epoch, at)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['learning_rate']:.1e}")
-            if evaluate and run.done in points:
-                run.note({"step": run.done, "epoch": epoch, "split": "held_out", **evaluate(run.done)})
-            run.keep(asked_to_stop())
-        run.keep(asked_to_stop(), saved=True)  # asked while the last checkpoint was written
-    return run.rows
-
-
-class _Run:
-    """A training under way: its optimiser, its rows, and how many updates are done."""
-
-    def __init__(
-        self,
-        model: Any,
-        pairs: Sequence[EncodedPair],
-        objective: Objective,
-        plan: TrainPlan,
-        compute: Compute,
-        pad_id: int,
-        total: int,
-        name: str,
-    ):
-        self.named = {key: p for key, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
-        self.optimizer = make_optimizer(plan.optimizer, self.parameters, plan.learning_rate)
-        self.scaler = compute.grad_scaler()
-        self.gradient = Gradient(model, pairs, objective, plan.micro_batch_size, compute, self.scaler, pad_id)
-        self.pairs, self.plan, self.compute, self.total, self.name = pairs, plan, compute, total, name
-        self.rows: list[MetricsRow] = []
-        self.done = 0
-        self.unfinished: Unfinished | None = None
-
-    def update(self, epoch: int, at: Sequence[int]) -> MetricsRow:
-        """One update with the pairs at these positions, and its row of metrics."""
-        started, step = time.perf_counter(), self.done
-        torch.manual_seed(self.plan.seed * 1_000_003 + step)  # anything random in it depends on (seed, step) alone
-        rate = self.plan.learning_rate * rate_factor(step, self.total, self.plan)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        row: MetricsRow = {"step": step + 1, "epoch": epoch, "split": "train"}
-        try:
-            row |= self.gradient.of_batch(at, step, self.parameters)
-            self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
-            # fp16's scaler meets an overflow by skipping the update and scaling less, until there is nothing to lower
-            if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-                require_finite("gradient", norm.expand(len(at)), step, [self.pairs[i].index for i in at])
-        except NotFinite as error:
-            self._log({**row, error.what: math.nan, "rows": error.rows})
-            raise
-        self._step(step)
-        row |= {"grad_norm": norm.item(), "learning_rate": rate, "pairs": len(at)}
-        if not math.isfinite(row["grad_norm"]):
-            row["skipped"] = True
-        row["seconds"] = time.perf_counter() - started
-        self.done += 1
-        self.note(row)
-        return row
-
-    def _step(self, step: int) -> None:
-        try:
-            self.scaler.step(self.optimizer)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise TrainingError(  # the weights in memory may be half updated; those of the last checkpoint are not
-                f"out of memory in the optimiser's step of update {step + 1}: run the same again to go on from the "
-                "last checkpoint, with less else in memory (--trunk-gb), or use a device with more"
-            ) from error
-        self.scaler.update()
-
-    def note(self, row: MetricsRow) -> None:
-        """Add a row to the metrics."""
-        self.rows.append(row)
-        self._log(row)
-
-    def _log(self, row: MetricsRow) -> None:
-        if self.unfinished and parallel.is_main():
-            self.unfinished.log(row)
-
-    def own_randomness(self) -> AbstractContextManager[None]:
-        """A context after which PyTorch's global generators are as before."""
-        return torch.random.fork_rng([self.compute.device] if self.compute.device.type == "cuda" else [])
-
-    def begin(self, unfinished: Unfinished | None) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        self.unfinished = unfinished
-        state = unfinished.newest() if unfinished else None
-        if state:
-            self._restore(state)
-        if unfinished and parallel.is_main():
-            unfinished.begin_log(self.rows)
-
-    def _restore(self, state: TrainState) -> None:
-        with torch.no_grad():
-            for key, parameter in self.named.items():
-                parameter.copy_(state.weights[key])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for number, key in enumerate(self.named):
-            of_key = {k: v for k, v in state.optimizer.items() if k.rpartition("/")[0] == key}
-            moments[number] = {k.rpartition("/")[2]: v for k, v in of_key.items()}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        if state.scaler:
-            self.scaler.load_state_dict(state.scaler)
-        self.rows, self.done = list(state.rows), state.step
-        self.gradient.micro_size = min(state.micro_size, self.plan.micro_batch_size)
-
-    def state(self) -> TrainState:
-        """What has to be kept to go on from here."""
-        weights = {key: parameter.detach().cpu().contiguous() for key, parameter in self.named.items()}
-        moments = {
-            f"{key}/{k}": torch.as_tensor(v).cpu().contiguous()
-            for key, parameter in self.named.items()
-            for k, v in self.optimizer.state[parameter].items()
-        }
-        return TrainState(self.done, weights, moments, self.rows, self.gradient.micro_size, self.scaler.state_dict())
-
-    def keep(self, signal_number: int, saved: bool = False) -> None:
-        """Save a checkpoint if one is due and not saved yet; after a signal save and raise `Interrupted`."""
-        if self.unfinished is None:
-            return
-        signal_number = parallel.agreed(signal_number)  # of several processes, the first one's counts
-        due = self.done % self.unfinished.every == 0 or self.done == self.total  # what follows may take long too
-        if not (signal_number or due):
-            return
-        if parallel.is_main() and not saved:
-            self.unfinished.save(self.state())
-        if signal_number:
-            raise Interrupted(
-                f"{self.name}: interrupted after update {self.done} of {self.total}, saved in "
-                f"{self.unfinished.folder}; run the same again to go on (without --fresh or --no-resume)",
-                signal_number,
-            )
-
-
-def updates_of(pairs: int, plan: TrainPlan) -> int:
-    """How many updates a plan makes of so many pairs."""
-    return plan.epochs * -(-pairs // plan.batch_size)
-
-
-def evaluation_points(updates: int, evaluations: int) -> set[int]:
-    """The updates after which to evaluate: `evaluations` of them at even distances, the last one among them."""
-    return {round(updates * k / evaluations) for k in range(1, evaluations + 1)}
+    gradient, watch = gradient or WholeBatch(), watch or Watch()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(plan.optimizer, parameters, plan.learning_rate)
+    batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
+    rows = watch.begin(model, optimizer, gradient, len(batches))
+    done = sum(row["split"] == "train" for row in rows)
+    bar = tqdm(range(done, len(batches)), desc=name, unit="update", initial=done, total=len(batches))
+    with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
+        for step in bar:
+            started, (epoch, at) = time.perf_counter(), batches[step]
+            torch.manual_seed(plan.seed * 1_000_003 + step)  # whatever is random depends on (seed, step) alone
+            optimizer.zero_grad()
+            for part in gradient.parts(pairs, at, step):
+                with gradient.attempt():
+                    with compute.autocast():
+                        logps = scorer(model, part, objective.sides)  # log π_θ(y | x), [B] for each side
+                        losses, metrics = objective(part, *logps)  # [B] each
+                    gradient.backward(losses, metrics)
+            means = gradient.finish(optimizer)
+            norm = clip_grad_norm_(parameters, plan.max_grad_norm)
+            rate = plan.learning_rate * rate_factor(step, len(batches), plan)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            noted = gradient.step(optimizer, norm)
+            row = {"step": step + 1, "epoch": epoch, "split": "train", **means, **noted}
+            rows.append(row | {"learning_rate": rate, "pairs": len(at), "seconds": time.perf_counter() - started})
+            watch.updated(rows)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{rate:.1e}")
+    return rows

@@ -1,0 +1,137 @@
+"""Execute the notebooks in order, each in a kernel of its own: `python -m dpo_helpers course`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.output_widget import OutputWidget
+from tqdm import tqdm
+
+from ..errors import CourseError
+from ..settings import Settings
+from ..untrusted import visible
+from .disk import write_text
+from .outputs import FINAL_MODEL
+from .report import make_report
+from .signals import Interrupted
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def notebooks_dir() -> Path:
+    """The course's notebooks/, here or in a folder above; raises CourseError if there is none."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "notebooks" / "01_data.ipynb").is_file():
+            return folder / "notebooks"
+    raise CourseError("no notebooks/ here or above: run this in a clone of the course")
+
+
+class _SilentOutput(OutputWidget):  # type: ignore[misc]  # nbclient has no types
+    """The output under a slider, of which the kernel is not told.
+
+    nbclient would tell it through the socket on which it awaits the cell's reply, and a reply that comes at that moment
+    wakes nobody: now and then notebook 4 hung for ever (nbclient#312). Sliders are dropped afterwards anyway.
+    """
+
+    def sync_state(self) -> None:
+        """Send nothing."""
+
+
+def execute(source: Path, target: Path, profile: str) -> float:
+    """Execute one notebook and save the result as `target`, also after an error; returns the seconds it took.
+
+    Raises CourseError naming the notebook, the cell and the error, and Interrupted after Ctrl-C or SIGTERM, which the
+    running cell gets as JupyterLab's stop button gives it: a training ends its update and saves.
+    """
+    notebook = nbformat.read(source, as_version=4)
+    code = sum(cell.cell_type == "code" for cell in notebook.cells)
+    begun: list[int] = []
+    started = time.perf_counter()
+    with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
+        client = NotebookClient(
+            notebook, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": str(source.parent)}},
+            on_cell_execute=lambda **_: begun.append(1), on_cell_executed=lambda **_: bar.update(),
+        )  # fmt: skip
+        client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = _SilentOutput
+        asked = _interrupts_of(client)
+        try:
+            client.execute(env={**os.environ, **QUIET, "DPO_PROFILE": profile})
+        except (CellExecutionError, DeadKernelError) as error:
+            if asked:
+                why = getattr(error, "evalue", "") or "run the same again to go on; finished stages are kept"
+                raise Interrupted(f"{source.name}, code cell {len(begun)}: {why}", asked[0]) from None
+            last = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
+            raise CourseError(f"{source.name}, code cell {len(begun)}: {last}; see {target}") from error
+        finally:
+            notebook.metadata.pop("language_info", None)
+            drop_widgets(notebook)
+            join_prints(notebook)
+            write_text(target, nbformat.writes(notebook) + "\n")
+    return time.perf_counter() - started
+
+
+def drop_widgets(notebook: dict[str, Any]) -> None:
+    """Drop sliders from a notebook: without a kernel they show nothing, and each run gives them another id."""
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
+
+
+def join_prints(notebook: dict[str, Any]) -> None:
+    """Make one output of prints that follow each other: the kernel cuts them where its clock happens to tick."""
+    for cell in notebook["cells"]:
+        joined: list[dict[str, Any]] = []
+        for output in cell.get("outputs", []):
+            if joined and "name" in output and output["name"] == joined[-1].get("name"):
+                joined[-1]["text"] += output["text"]
+            else:
+                joined.append(output)
+        if cell["cell_type"] == "code":
+            cell["outputs"] = joined
+
+
+def _interrupts_of(client: NotebookClient) -> list[int]:
+    """Have signals interrupt the running cell, where nbclient would end the kernel; returns the signals that came."""
+    asked: list[int] = []
+
+    def _interrupt(number: int) -> None:
+        asked.append(number)
+        asyncio.ensure_future(client.km.interrupt_kernel())  # noqa: RUF006  # the loop outlives it
+
+    def _start(**_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # not on Windows, and not outside the main thread
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                asyncio.get_running_loop().add_signal_handler(number, _interrupt, number)
+
+    client.on_notebook_start = _start
+    return asked
+
+
+def run_course(settings: Settings, *, in_place: bool = False) -> None:
+    """Execute all notebooks and write the report; executed copies go to <run>/notebooks/.
+
+    in_place: also put the outputs into the committed notebooks, which is how they are regenerated.
+    """
+    sources = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    os.environ["DPO_RUNS_DIR"] = str(settings.run_dir.parent.resolve())
+    for number, source in enumerate(sources, start=1):
+        target = source if in_place else settings.run_dir / "notebooks" / source.name
+        seconds = execute(source, target, settings.profile)
+        print(f"{number}/{len(sources)}  {source.stem:22s} done in {seconds:5.0f} s", flush=True)
+    report = make_report(settings)
+    run = settings.run_dir
+    print(visible(f"\nreport       {report}\nfigures      {run / 'figures'}\nresults      {run / 'results.json'}"))
+    print(visible(f"notebooks    {run / 'notebooks'}\nfinal model  {run / FINAL_MODEL}"))

@@ -1,0 +1,233 @@
+"""Load and save causal language models and their tokenizers: safetensors and GGUF only, no code of a model's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..settings import Settings
+from .disk import file_hash
+from .sources import UNSAFE, Source, source_of
+
+INDEX = "model.safetensors.index.json"
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model on the Hub: no pickles, no code
+
+
+@contextmanager
+def _location(source: Source) -> Iterator[dict[str, Any]]:
+    """Arguments of from_pretrained for a model: a folder on this machine that was looked at, and a file in it."""
+    if source.kind == "embedded":
+        with as_file(files("dpo_helpers.worlds").joinpath("mini/model")) as folder:
+            yield {"pretrained_model_name_or_path": folder}
+    elif source.kind == "file":
+        _check_file(source.path)
+        yield {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
+    else:
+        folder = _download(source) if source.kind == "hub" else source.path
+        _check_folder(folder)
+        yield {"pretrained_model_name_or_path": folder}
+
+
+def _download(source: Source) -> Path:
+    """The folder of a Hub model in the Hub's cache, at the source's commit, fetched if it is not there yet."""
+    from huggingface_hub import snapshot_download
+
+    commit = source.commit()
+    try:
+        folder = Path(snapshot_download(source.name, revision=commit, allow_patterns=list(_WANTED)))
+    except Exception as error:  # network, HTTP and offline errors have no common base
+        raise ModelError(
+            f"cannot get model {source.name!r} ({_first_line(error)}); check --model, the network and HF_HUB_OFFLINE, "
+            "or use --profile mini, which needs no network"
+        ) from error
+    for file in folder.glob("*.safetensors"):
+        blob = file.resolve()  # the cache names a large file by the sha256 of its content
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_hash(blob) != blob.name:
+            raise ModelError(
+                f"{blob} in the Hub's cache is damaged (its name is its sha256): delete it and run this again"
+            )
+    return folder
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix.lower() != ".gguf":
+        unsafe = path.suffix.lower() in UNSAFE
+        why = "holds pickled weights, which can run code when opened" if unsafe else "is no model file"
+        raise ModelError(f"{path} {why}: give --model a folder with model.safetensors and config.json, or a .gguf file")
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give --model an existing .gguf file")
+    try:
+        import gguf  # noqa: F401  # transformers reads GGUF through it
+    except ModuleNotFoundError as error:
+        raise ModelError("a .gguf model needs the gguf package: pip install 'dpo-helpers[gguf]'") from error
+    _check_no_adapter(path.parent)
+
+
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds adapter_config.json, which names another model to be fetched: merge the adapter into that "
+            "model first, or move it elsewhere"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """ModelError unless a folder's weights are safetensors in it: transformers would also follow an index elsewhere."""
+    _check_no_adapter(folder)
+    for name in _indexed(folder / INDEX):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{folder / INDEX} names {name!r}, which is refused: only .safetensors beside it are read")
+    if not any(folder.glob("*.safetensors")):
+        unsafe = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in UNSAFE)
+        if unsafe:
+            raise ModelError(
+                f"{folder} holds {unsafe[0]}, which can run code when opened: convert it to safetensors first"
+            )
+        raise ModelError(f"{folder} holds no weights: it needs model.safetensors beside config.json")
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index of weights names; none where there is no index."""
+    if not index.is_file():
+        return []
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of weights ({type(error).__name__}): get the file again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def _config(where: dict[str, Any]) -> Any:
+    """The model's configuration without the names in it that transformers would follow to other weights or to code.
+
+    They are a file of weights to take (which may be a pickled one) and kernels to fetch from the Hub.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(**where, trust_remote_code=False)  # a local folder: there is no revision
+    config._attn_implementation = config._experts_implementation = None  # transformers' own choice
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights
+    return config
+
+
+def load_model(settings: Settings) -> Any:
+    """The settings' model in float32 on the CPU, dropout off, as transformers' AutoModelForCausalLM.
+
+    Only safetensors and GGUF weights are read, and no code of a model's own is run. Raises ModelError where it
+    cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _location(source_of(settings, "model")) as where:
+        safe = {} if "gguf_file" in where else {"use_safetensors": True}
+        try:  # a local folder: there is no revision
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # from_pretrained has no common base for what can go wrong
+            raise ModelError(
+                f"cannot load model {settings.model!r} ({_first_line(error)}); check --model, or use --profile mini"
+            ) from error
+    return with_float32_head(_plain(model) if "gguf_file" in where else model).eval()
+
+
+def _plain(model: Any) -> Any:
+    """A GGUF model without its quantisation record: its weights are float32 by now, but it refuses to be saved."""
+    from transformers import AutoModelForCausalLM
+
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """The settings' tokenizer; it has an end-of-text token, or a ModelError is raised."""
+    from transformers import AutoTokenizer
+
+    with _location(source_of(settings, "model")) as where:
+        try:  # a local folder: there is no revision
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {settings.model!r} has no end-of-text token, which a response must end with"
+        )
+    # "<|endoftext|>" in a text is text: taken for the token, a row of the data could end responses where it likes
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides a tokenizer's ids: its whole definition, or vocabulary and class where it has none."""
+    if getattr(tokenizer, "is_fast", False):
+        definition = tokenizer.backend_tokenizer.to_str()
+    else:
+        definition = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {definition}".encode()).hexdigest()
+
+
+def load_saved(folder: Path) -> Any:
+    """A model that a stage saved, in float32 on the CPU, dropout off."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _check_folder(folder)  # a local folder: there is no revision
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+    )
+    return with_float32_head(model).eval()
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save weights (safetensors, float32), configuration and tokenizer so that from_pretrained opens them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def model_identity(settings: Settings) -> dict[str, Any]:
+    """What decides the weights that `load_model` gives: name and commit, or the sha256 of each local file."""
+    source, weights = source_of(settings, "model"), list[Path]()
+    if source.kind == "folder":
+        _check_folder(source.path)
+        weights = sorted([*source.path.glob("*.safetensors"), *source.path.glob("config.json")])
+    return source.identity(weights)
+
+
+class Float32Head(nn.Linear):
+    """An output head that autocast leaves in float32.
+
+    A float32 log-softmax of logits that were rounded to 16 bits comes too late: between -128 and -64, where many of
+    GPT-2's lie, bf16 has steps of 0.5 and fp16 of 0.06; early in training a policy differs from its reference by less.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[…, d] -> [V] logits each, float32 (float64 stays float64)."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+def with_float32_head(model: Any) -> Any:
+    """The same model, whose output head is a `Float32Head` from now on."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = Float32Head  # its weight may be tied to the embedding's: the module has to stay
+    return model

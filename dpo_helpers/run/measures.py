@@ -1,0 +1,150 @@
+"""What the course measures of its models: rewards and KL of each, differences between them, points along trainings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..evaluation import Evaluation, pair_values, preference_metrics
+from ..generation import Response
+from ..logprobs import PairScores
+from ..settings import EMBEDDED, Settings
+from ..training import MetricsRow
+from ..uncertainty import Interval, paired_difference
+from ..worlds import embedded
+from .artefacts import ModelArtefact, open_artefact, read_jsonl, write_jsonl
+from .machine import compute_of
+from .sampled import prompts_to_sample, sample_and_measure, true_rewards
+from .stages import get_base, get_data, get_dpo, get_hot_dpo, get_reference, get_sft, get_sweep
+
+KLS = "kls.safetensors"
+
+
+def longer_wins(pairs: PairScores) -> tuple[float, float]:
+    """(Accuracy, share of ties) of a judge who always prefers the longer response, in tokens.
+
+    The baseline of every reward accuracy: a model that only learned to like length gets this much.
+    """
+    longer = pairs.chosen_tokens - pairs.rejected_tokens
+    return (longer > 0).float().mean().item(), (longer == 0).float().mean().item()
+
+
+def accuracy_baselines(settings: Settings) -> dict[str, float]:
+    """What an accuracy on the held-out pairs is to be compared with: "longer wins", and "best possible" if known.
+
+    best possible: expected of a judge who knows the true reward; only the embedded world has one.
+    """
+    data, scores = get_data(settings), get_reference(settings).scores("held_out")
+    accuracy, ties = longer_wins(scores)
+    baselines = {"longer wins": accuracy + ties / 2}  # a tie is decided by a coin
+    if settings.dataset == EMBEDDED:
+        pairs = data.pairs.held_out
+        gaps = [embedded.true_reward(p.prompt, p.chosen) - embedded.true_reward(p.prompt, p.rejected) for p in pairs]
+        baselines["best possible"] = embedded.best_possible_accuracy(gaps)
+    return baselines
+
+
+def _beta_of(settings: Settings, model: ModelArtefact) -> float:
+    return float(model.manifest["made_from"].get("beta", settings.beta))
+
+
+def evaluation_prompts(settings: Settings) -> list[str]:
+    """Prompts on which responses are sampled: of the embedded world's held-out topics, or of held-out pairs."""
+    return prompts_to_sample(settings, get_data(settings).pairs)
+
+
+def get_evaluation(settings: Settings, model: ModelArtefact) -> Evaluation:
+    """Measure a model: rewards on all held-out pairs, KL to π_ref and text measures on its own samples.
+
+    Artefact: evaluation/<name>/. metrics: those of `preference_metrics` and `sampled.sample_and_measure`. Rewards use
+    the model's own β (for reference and SFT the settings' β).
+    """
+    data, reference = get_data(settings), get_reference(settings)
+    name, beta = model.name.replace("sweep/", ""), _beta_of(settings, model)
+    loss = settings.loss_type, settings.label_smoothing
+    made_from = {
+        "model": model.weights_sha256,
+        "reference": reference.weights_sha256,
+        "data": data.sha256,
+        "tokenizer": data.tokenizer_sha256,
+        "beta": beta,
+        "loss": loss,
+        **{k: getattr(settings, k) for k in ("prompts", "max_new_tokens", "max_length", "max_prompt_length", "seed")},
+    }
+    with open_artefact(settings, f"evaluation/{name}", made_from) as artefact:
+        if artefact.mine:
+            compute, prompts = compute_of(settings), evaluation_prompts(settings)
+            policy, base = model.load(compute), reference.load(compute)
+            metrics = preference_metrics(model.scores("held_out"), reference.scores("held_out"), beta, *loss)
+            found = sample_and_measure(settings, data.tokenizer, policy, base, prompts, f"sampling from {name}")
+            write_jsonl(artefact.folder / "responses.jsonl", [asdict(r) for r in found.responses])
+            save_file(found.kls, artefact.folder / KLS)
+            text = json.dumps(metrics | found.metrics, indent=1)
+            (artefact.folder / "metrics.json").write_text(text, encoding="utf-8")
+    metrics = json.loads((artefact.folder / "metrics.json").read_text(encoding="utf-8"))
+    responses = [Response(**row) for row in read_jsonl(artefact.folder / "responses.jsonl")]
+    return Evaluation(name, beta, metrics, responses, load_file(artefact.folder / KLS))
+
+
+def get_comparison(settings: Settings) -> dict[str, Evaluation]:
+    """The three models of the course, measured: reference, sft, dpo."""
+    return {m.name: get_evaluation(settings, m) for m in (get_base(settings), get_sft(settings), get_dpo(settings))}
+
+
+def get_sweep_evaluations(settings: Settings) -> dict[float, Evaluation]:
+    """Every β of the sweep, measured."""
+    return {beta: get_evaluation(settings, model) for beta, model in get_sweep(settings).items()}
+
+
+def get_frontier(settings: Settings) -> dict[str, list[MetricsRow]]:
+    """Points on the way of each training, in order: SFT, DPO at every β (the frontier's too), and the hot run.
+
+    A point is a row with step (updates done), kl, true_reward where it is known, reward_margin of DPO, each with _se:
+    on `curve_prompts` prompts on the way, at the end on all of them, as `get_evaluation` has it.
+    """
+    betas = sorted({*settings.betas, *settings.frontier_betas})
+    models = {"sft": get_sft(settings)} | {f"β = {beta:g}": get_dpo(settings, beta) for beta in betas}
+    return {name: _points(settings, model) for name, model in (models | {"hot": get_hot_dpo(settings)}).items()}
+
+
+def _points(settings: Settings, model: ModelArtefact) -> list[MetricsRow]:
+    updates = max(row["step"] for row in model.metrics)
+    on_the_way = [row for row in model.metrics if "kl" in row and row["step"] < updates]
+    return [*on_the_way, {"step": updates, **get_evaluation(settings, model).metrics}]
+
+
+def get_values(settings: Settings, model: ModelArtefact) -> dict[str, Tensor]:
+    """The per-pair and per-response values that `get_evaluation` averages.
+
+    Keys as in its metrics. Per held-out pair, [pairs]: loss … chosen_logratio of `evaluation.pair_values`. Per sampled
+    response, [prompts]: kl, k1, k3, length, ended, and in the embedded world true_reward.
+    """
+    held_out, evaluation = get_reference(settings).scores("held_out"), get_evaluation(settings, model)
+    loss, responses = (settings.loss_type, settings.label_smoothing), evaluation.responses
+    values = pair_values(model.scores("held_out"), held_out, _beta_of(settings, model), *loss)
+    values |= evaluation.kls
+    values["length"] = torch.tensor([float(len(r.ids)) for r in responses])
+    values["ended"] = torch.tensor([float(r.ended) for r in responses])
+    rewards = true_rewards(settings, responses)
+    return values if rewards is None else values | {"true_reward": rewards}
+
+
+def get_differences(settings: Settings) -> dict[str, Interval]:
+    """Differences between the three models with 95 % bootstrap intervals, paired: by held-out pair, or by prompt.
+
+    Keys such as "reward_accuracy: dpo - sft"; true_reward only in the embedded world. The reference has no accuracy of
+    its own: all its margins are ties.
+    """
+    models = {"reference": get_base(settings), "sft": get_sft(settings), "dpo": get_dpo(settings)}
+    values = {name: get_values(settings, model) for name, model in models.items()}
+    wanted = [("reward_accuracy", "dpo", "sft"), ("reward_margin", "dpo", "sft")]
+    if settings.dataset == EMBEDDED:
+        wanted += [("true_reward", *pair) for pair in (("dpo", "reference"), ("sft", "reference"), ("dpo", "sft"))]
+    return {
+        f"{metric}: {first} - {second}": paired_difference(values[first][metric], values[second][metric])
+        for metric, first, second in wanted
+    }

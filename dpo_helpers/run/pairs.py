@@ -1,0 +1,237 @@
+"""The preference pairs of a run: read from where their `Source` says, checked, split, and tokenised once."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..hh import Finding, Pair, parse_row
+from ..settings import Settings
+from ..tokens import EncodedPair, encode_pairs
+from ..worlds import embedded
+from .rows import Unreadable, data_files, read_rows
+from .sources import Source, source_of
+
+MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
+_HTML = re.compile(r"</?[a-zA-Z][^<>]*>|<!--")
+
+
+class RowsError(DataError):
+    """Too many rows cannot be used; `findings` has them all."""
+
+    def __init__(self, message: str, findings: list[Finding]):
+        super().__init__(message)
+        self.findings = findings
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Pairs to train on, pairs held out (no prompt is on both sides), what was wrong with rows, and the source."""
+
+    train: list[Pair]
+    held_out: list[Pair]
+    findings: list[Finding]
+    source: str
+
+    @property
+    def dropped(self) -> list[Finding]:
+        """The rows that cannot be used."""
+        return [finding for finding in self.findings if finding.action == "dropped"]
+
+
+def parse_rows(
+    rows: Iterable[object], *, allow_dropped: bool = False, split: str = "train"
+) -> tuple[list[Pair], list[Finding]]:
+    """All rows as pairs, and what was found wrong with the others, in the order of the rows.
+
+    A pair that is in the data both ways round, A preferred to B and B to A, says nothing: all rows of it are
+    dropped. Text with HTML in it is kept, since it is data like any other, and reported. allow_dropped: accept it when
+    more than MAX_DROPPED of the rows are dropped. Raises DataError for an empty data set, RowsError for one without a
+    usable pair or with more dropped rows than accepted.
+    """
+    parsed = [
+        Finding(index, str(row)) if isinstance(row, Unreadable) else parse_row(row, index)
+        for index, row in enumerate(rows)
+    ]
+    if not parsed:
+        raise DataError("the data set is empty: it needs rows with 'chosen' and 'rejected' texts")
+    first_row = {(p.prompt, p.chosen, p.rejected): p.index for p in reversed(parsed) if isinstance(p, Pair)}
+    pairs: list[Pair] = []
+    findings: list[Finding] = []
+    for found in parsed:
+        if isinstance(found, Pair):
+            opposite = first_row.get((found.prompt, found.rejected, found.chosen))
+            if opposite is not None:
+                found = Finding(found.index, f"contradicts row {opposite}, which prefers the other response")
+            elif _HTML.search(found.prompt + found.chosen + found.rejected):
+                findings.append(Finding(found.index, "holds HTML, which is kept as text", "kept", split))
+        if isinstance(found, Pair):
+            pairs.append(found)
+        else:
+            findings.append(replace(found, split=split))
+    check_dropped([f for f in findings if f.action == "dropped"], len(parsed), allow_dropped)
+    return pairs, findings
+
+
+def check_dropped(dropped: Sequence[Finding], total: int, allow_dropped: bool) -> None:
+    """RowsError, naming the commonest reason and its first row, if more of `total` rows are dropped than accepted."""
+    if len(dropped) <= (total - 1 if allow_dropped else MAX_DROPPED * total):
+        return
+    reason, count = Counter(d.reason for d in dropped).most_common(1)[0]
+    first = next(d.index for d in dropped if d.reason == reason)
+    way_out = "check the file" if allow_dropped else "check the file, or go on without them with --allow-dropped"
+    raise RowsError(
+        f"{len(dropped)} of {total} rows cannot be used (most often: {reason}; {count} rows, first row {first}); "
+        + way_out,
+        list(dropped),
+    )
+
+
+def _load_folder(folder: Path) -> tuple[Iterator[object], Iterator[object] | None]:
+    parts = data_files(folder)
+    train, test = (chain.from_iterable(map(read_rows, parts[split])) for split in ("train", "test"))
+    return train, test if parts["test"] else None
+
+
+def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
+    from datasets import load_dataset
+
+    try:
+        parts = load_dataset(source.name, revision=source.commit())
+    except Exception as error:  # the library raises many kinds; each means that the data cannot be had
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"cannot get data set {source.name!r} from the Hub or its cache ({first}); check the network, HF_ENDPOINT "
+            "and HF_HUB_OFFLINE, delete a damaged cache (HF_DATASETS_CACHE), or use --dataset FILE"
+        ) from error
+    if "train" not in parts:
+        raise DataError(f"data set {source.name!r} has no 'train' split: it has {', '.join(parts)}")
+    return parts["train"], parts.get("test")
+
+
+def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterable[object] | None]:
+    """Rows to train on, and rows to hold out where the data set has such."""
+    if source.kind == "embedded":
+        train = embedded.preference_rows("train", settings.max_pairs or 4000)
+        return train, embedded.preference_rows("test", settings.held_out_pairs)
+    if source.kind == "folder":
+        return _load_folder(source.path)
+    return (read_rows(source.path), None) if source.kind == "file" else _load_hub(source)
+
+
+def data_identity(settings: Settings) -> dict[str, Any]:
+    """What decides the rows that `load_pairs` reads: name and commit, or the sha256 of each file.
+
+    Raises DataError where it cannot be read.
+    """
+    source = source_of(settings, "dataset")
+    try:
+        if source.kind == "file" and not source.path.is_file():
+            next(read_rows(source.path), None)  # says what is wrong with it
+        is_folder = source.kind == "folder"
+        return source.identity([f for part in data_files(source.path).values() for f in part] if is_folder else [])
+    except OSError as error:
+        raise DataError(f"{source.name} cannot be read: {error.strerror or error}; check --dataset") from error
+
+
+def _hold_out(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split off about `count` pairs by whole prompts, drawn by seed, so that no prompt is on both sides."""
+    prompts = sorted({pair.prompt for pair in pairs})
+    random.Random(f"hold-out-{seed}").shuffle(prompts)
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt, []).append(pair)
+    chosen: set[str] = set()
+    held = 0
+    for prompt in prompts:
+        if held >= count:
+            break
+        chosen.add(prompt)
+        held += len(by_prompt[prompt])
+    return [p for p in pairs if p.prompt not in chosen], [p for p in pairs if p.prompt in chosen]
+
+
+def _draw(pairs: list[Pair], count: int | None, seed: int, what: str) -> list[Pair]:
+    """At most `count` of the pairs, drawn by seed, in the order of the data."""
+    if count is None or count >= len(pairs):
+        return pairs
+    kept = random.Random(f"{what}-{seed}").sample(range(len(pairs)), count)
+    return [pairs[i] for i in sorted(kept)]
+
+
+def load_pairs(settings: Settings) -> PairData:
+    """The training and held-out pairs that the settings name.
+
+    The embedded world and Hub data sets with a test split keep their own split; elsewhere held-out pairs are
+    drawn by seed, by whole prompts. Raises DataError naming the file or data set, the row, and what to do.
+    """
+    source, name, seed = source_of(settings, "dataset"), settings.dataset, settings.seed
+    rows, test = _load(source, settings)
+    label = {"embedded": "the embedded world", "hub": f"{name}@{source.commit()}"}.get(source.kind, source.label)
+    allow = settings.allow_dropped
+    try:
+        train, findings = parse_rows(rows, allow_dropped=allow)
+        if test is None:
+            train, held_out = _hold_out(train, settings.held_out_pairs, seed)
+        else:
+            held_out, more = parse_rows(test, allow_dropped=allow, split="held_out")
+            findings = findings + more
+            seen = {pair.prompt for pair in held_out}
+            train = [pair for pair in train if pair.prompt not in seen]
+    except RowsError as error:
+        raise RowsError(f"{name}: {error}", error.findings) from error
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+    train = _draw(train, settings.max_pairs, seed, "train")
+    held_out = _draw(held_out, settings.held_out_pairs, seed, "held-out")
+    if not train or not held_out:
+        raise DataError(
+            f"{name}: too few pairs: {len(train)} to train on and {len(held_out)} held out; lower --held-out-pairs"
+        )
+    return PairData(train, held_out, findings, label)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of pairs to train on and pairs held out, in the order of their texts."""
+
+    train: list[EncodedPair]
+    held_out: list[EncodedPair]
+
+
+def fit_pairs(
+    found: PairData, tokenizer: Any, *, max_length: int, max_prompt_length: int, allow_dropped: bool
+) -> tuple[PairData, Encoded]:
+    """The pairs that still differ once they are cut to `max_length` tokens, as text and as ids.
+
+    Each pair that is cut gets a finding. Two responses that differ only in what is cut off cannot be told apart: such a
+    pair is dropped. Raises RowsError where that meets more of the pairs than is accepted.
+    """
+    findings: list[Finding] = list(found.findings)
+
+    def _fit(pairs: list[Pair], split: str) -> tuple[list[Pair], list[EncodedPair]]:
+        kept, ids_of, dropped = list[Pair](), list[EncodedPair](), list[Finding]()
+        encoded = encode_pairs(tokenizer, pairs, max_length=max_length, max_prompt_length=max_prompt_length)
+        for pair, ids in zip(pairs, encoded, strict=True):
+            if ids.chosen == ids.rejected:
+                reason = f"responses are identical in the tokens that fit into max_length {max_length}"
+                dropped.append(Finding(pair.index, reason, split=split))
+                continue
+            kept.append(pair)
+            ids_of.append(ids)
+            if ids.was_cut:
+                cut = f"{ids.prompt_cut} prompt, {ids.chosen_cut} chosen, {ids.rejected_cut} rejected tokens cut off"
+                findings.append(Finding(pair.index, f"longer than max_length {max_length}: {cut}", "cut", split))
+        check_dropped(dropped, len(pairs), allow_dropped)
+        findings.extend(dropped)
+        return kept, ids_of
+
+    (train, train_ids), (held_out, held_out_ids) = _fit(found.train, "train"), _fit(found.held_out, "held_out")
+    return PairData(train, held_out, findings, found.source), Encoded(train_ids, held_out_ids)

@@ -1,0 +1,77 @@
+"""Responses that a model samples, and what is measured on them: the KL to the reference, text, and the true reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..evaluation import response_kls
+from ..generation import Response, sample
+from ..settings import EMBEDDED, Settings
+from ..show.texts import text_measures
+from ..uncertainty import mean_and_error
+from ..worlds import embedded
+from .machine import compute_of
+from .pairs import PairData
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses to some prompts; kls: the estimates of `evaluation.sequence_kl`, [n] each; metrics: means, with _se."""
+
+    responses: list[Response]
+    kls: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+def prompts_to_sample(settings: Settings, pairs: PairData) -> list[str]:
+    """Prompts on which responses are sampled: of the embedded world's held-out topics, or of held-out pairs."""
+    if settings.dataset == EMBEDDED:
+        return embedded.sampling_prompts(settings.prompts)
+    unique = dict.fromkeys(pair.prompt for pair in pairs.held_out)
+    return list(unique)[: settings.prompts]
+
+
+def true_rewards(settings: Settings, responses: Sequence[Response]) -> Tensor | None:
+    """The true reward of each response, [n] float64; None where it is not known: only the embedded world has one."""
+    if settings.dataset != EMBEDDED:
+        return None
+    return torch.tensor([embedded.true_reward(r.prompt, r.text) for r in responses], dtype=torch.float64)
+
+
+def sample_and_measure(
+    settings: Settings, tokenizer: Any, policy: Any, reference: Any, prompts: Sequence[str], name: str = "sampling"
+) -> Sampled:
+    """Sample one response to each prompt from the policy, as the settings say, and measure them.
+
+    metrics: kl, k1 and k3 in nats per response, `show.texts.text_measures`, and true_reward (with _sd, the standard
+    deviation) where it is known. Raises TrainingError when out of memory.
+    """
+    compute, length = compute_of(settings), settings.max_prompt_length
+    try:
+        responses = sample(
+            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, compute=compute, seed=settings.seed,
+            max_prompt_length=length, name=name,
+        )  # fmt: skip
+        kls = response_kls(policy, reference, tokenizer, responses, compute, max_prompt_length=length)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise TrainingError(
+            f"out of memory while {name}: lower --max-new-tokens, --max-prompt-length or --trunk-gb, and run it again"
+        ) from error
+    metrics: dict[str, float] = {}
+    for key, values in kls.items():
+        metrics[key], metrics[f"{key}_se"] = mean_and_error(values)
+    metrics |= text_measures(responses)
+    rewards = true_rewards(settings, responses)
+    if rewards is not None:
+        metrics["true_reward"], metrics["true_reward_se"] = mean_and_error(rewards)
+        metrics["true_reward_sd"] = rewards.std().item()
+    return Sampled(responses, kls, metrics)

@@ -1,0 +1,38 @@
+"""Checks for notebooks: they print the expectation and assert the value, so that rounding flips no digit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ..settings import PROFILES, Settings
+
+
+def check(name: str, got: float, want: float, tol: float, only: Settings | None = None) -> None:
+    """Print "name: want ok (tolerance tol)" if |got - want| <= tol, else raise AssertionError with the value.
+
+    only: settings of this run, for a number that was measured on the mini profile: under other settings the
+    value is printed without an expectation.
+    """
+    if only is not None and not _expected(only):
+        print(f"{name}: {got:.4g} (no expectation: it was measured on the mini profile as it stands)")
+        return
+    if not (math.isfinite(got) and abs(got - want) <= tol):
+        raise AssertionError(f"{name}: got {got:.6g}, want {want:g} ± {tol:g}")
+    print(f"{name}: {want:g} ok (tolerance {tol:g})")
+
+
+def check_that(claim: str, holds: bool, only: Settings | None = None) -> None:
+    """Print "claim: holds", or raise AssertionError; with `only` as in `check`, other settings just report."""
+    if only is not None and not _expected(only):
+        print(f"{claim}: {'holds' if holds else 'does not hold'} here (claimed of the mini profile as it stands)")
+        return
+    if not holds:
+        raise AssertionError(f"{claim}: does not hold")
+    print(f"{claim}: holds")
+
+
+def _expected(settings: Settings) -> bool:
+    """Whether nothing that changes a number differs from the mini profile."""
+    same = {"runs_dir": "", "device": "auto", "trunk_gb": 4.0, "save_every": 50, "resume": True}
+    return replace(settings, **same) == replace(PROFILES["mini"], **same)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Worlds whose truth is known: the embedded one, and a table of responses."""
