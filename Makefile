@@ -1,25 +1,23 @@
 # Two commands do all the set-up: `make course` runs the course, `make test` proves it. See README.md.
 #   PROFILE=gpt2        the study's set-up instead of the embedded default
+#   BEYOND=1            the optional notebooks of notebooks/beyond/ too
 #   PYTHON=python3.12   another Python (3.10 or later)
 #   TORCH_INDEX=ADDRESS index to take torch from, such as PyTorch's CPU-only one: pytorch.org, "Get started"
-#   HASHES=1            a new .venv of wheels whose sha256 stands in requirements-hashed.txt, what `make test` needs
-#                       included; all but torch from TORCH_INDEX, with its CUDA libraries. An older .venv is cleared.
 #   DPO_<SETTING>=…     any setting of the course, such as DPO_MAX_PAIRS=500
 PROFILE ?= mini
 PYTHON ?= python3
 TORCH_INDEX ?=
-HASHES ?= $(wildcard .venv/.hashed)
+BEYOND ?=
 BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
-# With hashes nothing is fetched for the package itself: all it needs is there, also what builds it.
-SELF := $(if $(HASHES),--no-deps --no-build-isolation)
 TOOLS := build/tools/bin
 RESOLVE := $(TOOLS)/uv pip compile -q --universal --python-version 3.10 --only-binary :all: --no-annotate --no-header
+QUIET := TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 
 .PHONY: course test lint unit notebooks test-browser lab regenerate site links lock audit licences clean
 course: .venv/.course
-	$(BIN)/python -m dpo_helpers course --profile $(PROFILE)
+	$(BIN)/python -m dpo_helpers course --profile $(PROFILE) $(if $(BEYOND),--beyond)
 
 test: lint unit notebooks
 
@@ -29,16 +27,18 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread a test process: two times two threads on two cores would spend their time waiting for each other.
+# One thread per test process: the models of most tests are too small for two.
 unit: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder tests
 
-# A fresh runs folder, so that nothing left by an earlier run is taken for a result.
+# First a run of all stages in a fresh folder, so that nothing left by an earlier one is taken for a result; then the
+# notebooks on that run, side by side, their outputs compared strictly.
 notebooks: .venv/.dev
 	rm -rf build/nbval-runs
-	TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error DPO_PROFILE=mini \
-	  DPO_RUNS_DIR=$(CURDIR)/build/nbval-runs \
-	  $(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=900 notebooks/[0-9]*.ipynb
+	$(QUIET) $(BIN)/python -m dpo_helpers all --profile mini --runs-dir build/nbval-runs
+	$(QUIET) OMP_NUM_THREADS=1 DPO_PROFILE=mini DPO_RUNS_DIR=$(CURDIR)/build/nbval-runs \
+	  $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=900 \
+	  notebooks/[0-9]*.ipynb notebooks/beyond/*.ipynb
 
 # What a reader does, in headless Chromium: run notebooks 4 and 5 in JupyterLab, move the sliders; read the site.
 test-browser: .venv/.dev
@@ -50,7 +50,7 @@ lab: .venv/.course
 # Execute the notebooks and keep the outputs in them; then read the differences before committing.
 regenerate: .venv/.dev
 	$(BIN)/python -m dpo_helpers lesson
-	DPO_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m dpo_helpers course --profile mini --in-place
+	DPO_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m dpo_helpers course --profile mini --in-place --beyond
 	cp runs/mini/figures/06-frontier.png docs/frontier.png
 
 # The notebooks as pages that need no network, neither to build nor to read: open build/site/index.html in a browser.
@@ -61,16 +61,17 @@ site: .venv/.dev
 links: .venv/.dev
 	$(BIN)/python docs/build_site.py --links
 
-# Optional, with tools of their own. The first: resolve constraints.txt, keeping what still fits, and hash these versions.
+# Optional, with tools of their own. The first: resolve constraints.txt, keeping what still fits. Beside it, for who keeps
+# an index of their own: build/requirements-hashed.txt, the sha256 of each wheel, for pip install --require-hashes -r.
 lock: build/tools/.made
 	echo torch==2.13.0 > build/torch.txt
 	$(RESOLVE) pyproject.toml --all-extras -c build/torch.txt -o constraints.txt
-	$(RESOLVE) constraints.txt --no-deps --generate-hashes -o requirements-hashed.txt
+	$(RESOLVE) constraints.txt --no-deps --generate-hashes -o build/requirements-hashed.txt
 
 # Known holes in the pins that this Python and system take. --strict: a package that the service does not know fails.
 audit: build/tools/.made
 	@rm -f build/audit.txt
-	@$(TOOLS)/pip-audit --strict --disable-pip -r requirements-hashed.txt --progress-spinner off -o build/audit.txt \
+	@$(TOOLS)/pip-audit --strict --disable-pip --no-deps -r constraints.txt --progress-spinner off -o build/audit.txt \
 	    2> build/audit.log && echo "audit: no known holes in the pinned versions" || { \
 	  if [ -s build/audit.txt ]; then cat build/audit.txt; echo "audit: these pinned versions have known holes"; \
 	  else tail -n 1 build/audit.log; echo "audit: nothing was audited: the advisory service of PyPI cannot be reached" \
@@ -90,37 +91,24 @@ build/tools/.made:
 	@touch $@
 
 # Metadata of an earlier install in the folder itself would be read before that in .venv.
-define VENV
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-  { echo "error: $(PYTHON) is older than 3.10; use make PYTHON=..." >&2; exit 2; }
-$(PYTHON) -m venv $(if $(HASHES),--clear) .venv
-rm -rf dpo_helpers.egg-info
-@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
-  echo "No GPU found: torch's default wheel on Linux may bring several GB of CUDA. If it does, stop and run"; \
-  echo "make $(MAKECMDGOALS) TORCH_INDEX=ADDRESS with PyTorch's CPU-only index (pytorch.org, Get started)."; fi
-endef
-
 .venv/.torch: constraints.txt
-	$(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is older than 3.10; use make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	rm -rf dpo_helpers.egg-info
+	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  echo "No GPU found: torch's default wheel on Linux may bring several GB of CUDA. If it does, stop and run"; \
+	  echo "make $(MAKECMDGOALS) TORCH_INDEX=ADDRESS with PyTorch's CPU-only index (pytorch.org, Get started)."; \
+	fi
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
-# The index of TORCH_INDEX has other files than the locked ones: torch comes from there, unchecked, after all the rest.
-.venv/.hashed: requirements-hashed.txt
-	$(VENV)
-	awk -v all=$(if $(TORCH_INDEX),0,1) '/^[a-z]/ {keep = all || !/^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==/} keep' \
-	  requirements-hashed.txt > .venv/hashed.txt
-	$(BIN)/python $(INSTALL) --no-deps --only-binary :all: --require-hashes -r .venv/hashed.txt
-	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
-	$(BIN)/python -m pip check
-	@touch $@
-
-.venv/.course: $(if $(HASHES),.venv/.hashed,.venv/.torch) pyproject.toml
-	$(PIP) $(SELF) -e .
+.venv/.course: .venv/.torch pyproject.toml
+	$(PIP) -e .
 	@touch $@
 
 .venv/.dev: .venv/.course
-	$(PIP) $(SELF) -e '.[dev,site]'
+	$(PIP) -e '.[dev,site]'
 	@touch $@
 
 clean:

@@ -1,12 +1,14 @@
 """The course as a static site in build/site/: `make site`. It needs no network, neither to build nor to read.
 
-The notebooks are shown as they were committed, with their outputs. They are not executed and never written to.
+The notebooks are shown as they were committed, with their outputs. They are not executed and never written to. The
+pages are those of this folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import posixpath
 import re
 import shutil
 import sys
@@ -17,11 +19,12 @@ from typing import Any
 
 from sphinx.cmd.build import build_main
 
-from dpo_helpers.course import drop_widgets
+from dpo_helpers.run.course import drop_widgets
 
 DOCS = Path(__file__).resolve().parent
-LESSONS = "[0-9][0-9]_*.ipynb"  # neither _template.ipynb nor exercises/
+LESSONS = ("[0-9][0-9]_*.ipynb", "beyond/[a-z]_*.ipynb")  # neither _template.ipynb nor exercises/
 FOLDED = {"setup": "set-up cell", "solution": "solution"}  # cells with these tags, and what their fold says
+LINK = re.compile(r"\[([^\[\]]*)\]\(([^\s():#]+)(#[^\s()]*)?\)")  # in Markdown, to another file of the course
 
 
 def for_the_site(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -58,17 +61,42 @@ def _show_outputs(cell: dict[str, Any]) -> None:
             metadata["mystnb"] |= {"code_prompt_show": f"Show the {name}", "code_prompt_hide": f"Hide the {name}"}
 
 
+def site_links(text: str, where: str, pages: set[str]) -> str:
+    """Markdown whose links to other files of the course lead to their pages on the site.
+
+    where: the text's own path in the course, such as docs/speed.md. pages: what the site is made of. Of a link to a
+    file of the course that is not among them, its text is left; one to no file at all stays, and fails the build.
+    """
+    folder = posixpath.dirname(where)
+
+    def lead(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, found[2]))
+        top, _, page = target.partition("/")
+        if top in ("docs", "notebooks") and page in pages:
+            return f"[{found[1]}]({posixpath.relpath(page, folder.partition('/')[2] or '.')}{found[3] or ''})"
+        return found[1] if (DOCS.parent / target).exists() else found[0]
+
+    return LINK.sub(lead, text)
+
+
 def prepare(notebooks: Path, source: Path) -> list[Path]:
-    """Put docs/, MathJax and the notebooks into a new folder that Sphinx can build; the notebooks that are in it."""
+    """Put docs/, MathJax and the notebooks into a new folder that Sphinx can build; the notebooks' paths in it."""
     shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("*.py[co]", "__pycache__", Path(__file__).name))
     mathjax = find_spec("jupyter_server_mathjax")
     if mathjax is None or not mathjax.submodule_search_locations:
         raise SystemExit("error: the package jupyter-server-mathjax is missing; install '.[site]'")
     shutil.copytree(Path(mathjax.submodule_search_locations[0]) / "static", source / "_static/mathjax")
-    lessons = sorted(notebooks.glob(LESSONS))
+    lessons = [path.relative_to(notebooks) for lesson in LESSONS for path in sorted(notebooks.glob(lesson))]
+    pages = {path.as_posix() for path in lessons} | {path.name for path in source.iterdir()}
+    for page in source.glob("*.md"):
+        page.write_text(site_links(page.read_text(encoding="utf-8"), f"docs/{page.name}", pages), encoding="utf-8")
     for path in lessons:
-        notebook = for_the_site(json.loads(path.read_text(encoding="utf-8")))
-        (source / path.name).write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+        notebook = for_the_site(json.loads((notebooks / path).read_text(encoding="utf-8")))
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = site_links(cell["source"], f"notebooks/{path.as_posix()}", pages)
+        (source / path).parent.mkdir(exist_ok=True)
+        (source / path).write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
     return lessons
 
 
@@ -83,7 +111,7 @@ def build(folder: Path, notebooks: Path, builder: str = "html") -> int:
     status = build_main([*options, str(source), str(made / builder)])
     if status == 0 and builder == "html":
         for path in lessons:  # what the download button gives is the committed notebook
-            shutil.copyfile(path, made / "html/_sources" / path.name)
+            shutil.copyfile(notebooks / path, made / "html/_sources" / path)
         (made / "html").replace(site)
         print(f"site: {site / 'index.html'}")
     return status

@@ -183,6 +183,7 @@ def all_(settings: Settings) -> None:
 def course(
     settings: Settings,
     in_place: Annotated[bool, typer.Option(help="put outputs into notebooks/ itself, to regenerate them")] = False,
+    beyond: Annotated[bool, typer.Option(help="the notebooks in notebooks/beyond/ too")] = False,
 ) -> None:
     """Execute the seven notebooks in order, then write the report: what `make course` runs."""
     from .run.course import run_course
@@ -197,7 +198,7 @@ def course(
         if value is None:
             continue
         os.environ[f"DPO_{name.upper()}"] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    run_course(settings, in_place=in_place)
+    run_course(settings, in_place=in_place, beyond=beyond)
 
 
 @app.command()

@@ -95,8 +95,8 @@ class PlainScorer:
     pad_id: int
 
     def __call__(self, model: Any, at: Sequence[int], sides: Sequence[str] = BOTH) -> tuple[Tensor, ...]:
-        """As `Scorer`; only the rows of the sides that are asked for are run."""
+        """As `Scorer`; for the chosen side alone the rejected rows are not run."""
         batch = collate([self.pairs[i] for i in at], self.pad_id).to(model.device)
-        rows = slice(0, 2 * len(at)) if len(sides) == 2 else slice(0, len(at))  # the chosen ones come first
+        rows = slice(0, 2 * len(at)) if "rejected" in sides else slice(0, len(at))  # the chosen ones come first
         sums = batch_logprobs(model, batch.ids[rows], batch.attention_mask[rows], batch.response_mask[rows])
-        return sums.chunk(len(sides))
+        return tuple(sums.view(-1, len(at))[BOTH.index(side)] for side in sides)

@@ -26,7 +26,7 @@ def blocks(model: Any) -> nn.ModuleList:
     They are the outermost list of as many modules as the configuration has layers: a longer list inside a block, such
     as the experts of a mixture, is not taken for them. Raises ModelError where not exactly one list fits.
     """
-    layers = model.config.num_hidden_layers
+    layers = getattr(model.config, "num_hidden_layers", "no number of")
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     fitting = [name for name in outer if len(lists[name]) == layers]

@@ -34,9 +34,9 @@ def mean_and_error(values: Tensor | Sequence[float]) -> tuple[float, float]:
 def bootstrap_mean(
     values: Tensor | Sequence[float], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron 1979): the means of samples drawn anew with replacement.
+    """Percentile bootstrap interval of a mean (Efron 1979): the means of samples drawn from the values, with replacement.
 
-    values: one a pair or prompt, [n], n > 0; they must be independent of each other.
+    values: one per pair or prompt, [n], n > 0; they must be independent of each other.
     """
     x = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the package does, and like it before torch is loaded
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -99,7 +100,7 @@ def cpu() -> Compute:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from dpo_helpers.models import load_tokenizer
+    from dpo_helpers.run.loading import load_tokenizer
 
     return load_tokenizer(load_settings("mini"))
 
@@ -112,7 +113,7 @@ SMALL = {
 
 @pytest.fixture
 def small(tmp_path):
-    """The mini profile, cut down so that a step takes a second."""
+    """The mini profile, cut down so that a stage takes a second."""
     return load_settings("mini", runs_dir=str(tmp_path / "runs"), **SMALL)
 
 

@@ -1,20 +1,23 @@
 """Artefacts are whole or absent, and damage is detected."""
 
 import json
+import math
 import os
 import random
 
 import pytest
 
-from dpo_helpers.checkpoints import changed_keys, file_hash, load_manifest, set_aside, write_text, writing
 from dpo_helpers.errors import ArtefactError
+from dpo_helpers.run import disk
+from dpo_helpers.run.disk import changed_keys, file_hash, load_manifest, set_aside, write_text, writing
 
 
 def make(folder, text="hello", made_from=None):
-    with writing(folder, made_from or {"beta": 0.5}, {"note": 1}) as temporary:
-        (temporary / "a.txt").write_text(text)
-        (temporary / "sub").mkdir()
-        (temporary / "sub/b.bin").write_bytes(bytes(range(200)))
+    with writing(folder, made_from or {"beta": 0.5}) as draft:
+        draft.about["note"] = 1
+        (draft.folder / "a.txt").write_text(text)
+        (draft.folder / "sub").mkdir()
+        (draft.folder / "sub/b.bin").write_bytes(bytes(range(200)))
 
 
 def test_manifest_holds_what_was_written(tmp_path):
@@ -46,7 +49,7 @@ def test_every_flipped_bit_is_detected(tmp_path):
     assert load_manifest(tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "sub/b.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["a.txt", "sub/b.bin", "manifest.json", "manifest.sha256"])
 def test_a_missing_file_is_named(tmp_path, name):
     make(tmp_path / "x")
     (tmp_path / "x" / name).unlink()
@@ -56,8 +59,8 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):
     make(tmp_path / "x", "old")
-    with pytest.raises(RuntimeError, match="boom"), writing(tmp_path / "x", {}, {}) as temporary:
-        (temporary / "a.txt").write_text("half")
+    with pytest.raises(RuntimeError, match="boom"), writing(tmp_path / "x", {}) as draft:
+        (draft.folder / "a.txt").write_text("half")
         raise RuntimeError("boom")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x/a.txt").read_text() == "old"
@@ -65,9 +68,62 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
 
 def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path):
     with pytest.raises(ArtefactError, match=r"cannot write .*x: No space left on device"):
-        with writing(tmp_path / "x", {}, {}):
+        with writing(tmp_path / "x", {}):
             raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError("no number"), OSError(0, "not of the disk"), FileNotFoundError(2, "gone")])
+def test_an_error_that_is_not_of_the_disk_is_not_called_a_full_one(tmp_path, error):
+    with pytest.raises(ArtefactError, match=rf"making .*x failed: {type(error).__name__}: ") as caught:
+        with writing(tmp_path / "x", {}):
+            raise error
+    assert "free space" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_is_laid_out_otherwise_still_opens(tmp_path):
+    """An editor or a formatter changes indentation and the order of keys, at every level; the values say the same."""
+    with writing(tmp_path / "x", {"beta": 0.5, "plan": {"epochs": 1, "rate": 1e-6}, "β": [1, 2]}) as draft:
+        (draft.folder / "a.txt").write_text("hello")
+        (draft.folder / "b.txt").write_text("")
+    path = tmp_path / "x/manifest.json"
+    manifest = json.loads(path.read_bytes())
+
+    def turned(value):
+        return {k: turned(v) for k, v in reversed(value.items())} if isinstance(value, dict) else value
+
+    for text in (
+        json.dumps(manifest), json.dumps(manifest, indent=4) + "\n\n", json.dumps(turned(manifest)),
+        json.dumps(manifest, indent="\t", sort_keys=True, ensure_ascii=False).replace("\n", "\r\n"),
+    ):  # fmt: skip
+        assert text.encode() != path.read_bytes()
+        path.write_bytes(text.encode())
+        assert load_manifest(tmp_path / "x") == manifest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["made_from"].update(beta=0.1),
+        lambda m: m["about"].update(note=2),
+        lambda m: m["about"].update(more=None),
+        lambda m: m["about"].pop("note"),
+        lambda m: m["files"].pop("a.txt"),
+        lambda m: m["files"].update({"a.txt": m["files"]["sub/b.bin"]}),
+        lambda m: m.update(extra=1),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_another_value_does_not_open(tmp_path, change):
+    make(tmp_path / "x")
+    path = tmp_path / "x/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    change(manifest)
+    path.write_text(json.dumps(manifest, indent=1))
+    with pytest.raises(
+        ArtefactError, match=r"manifest\.json is damaged: its content's sha256 is not that in manifest\."
+    ):
+        load_manifest(tmp_path / "x")
 
 
 def test_the_earlier_artefact_is_kept(tmp_path):
@@ -98,3 +154,71 @@ def test_write_text_leaves_no_part(tmp_path):
 def test_file_hash(tmp_path):
     (tmp_path / "e").write_bytes(b"")
     assert file_hash(tmp_path / "e") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The files that `file_hash` reads, in order; they count as settled, however new they are."""
+    found, open_file = [], type(disk.Path()).open
+
+    def counting(self, *arguments, **more):
+        found.append(self.name)
+        return open_file(self, *arguments, **more)
+
+    monkeypatch.setattr(disk.Path, "open", counting)
+    monkeypatch.setattr(disk, "SETTLED", -math.inf)
+    monkeypatch.setattr(disk, "_HASHES", {})
+    return found
+
+
+HASHES = {
+    "one": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed",
+    "two": "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3",
+}
+
+
+def test_a_settled_file_is_read_once_and_again_after_a_change(tmp_path, reads):
+    path = tmp_path / "weights"
+    path.write_text("one")
+    os.utime(path, (1e9, 1e9))
+    reads.clear()
+    assert [file_hash(path) for _ in range(3)] == [HASHES["one"]] * 3
+    assert reads == ["weights"]
+    path.write_text("two")
+    os.utime(path, (1e9, 1e9))
+    reads.clear()
+    assert [file_hash(path) for _ in range(3)] == [HASHES["two"]] * 3
+    assert reads == ["weights"], "of the same length and with the same date of its content, but changed"
+
+
+def test_a_file_that_takes_its_place_is_read_too(tmp_path, reads):
+    """Renamed over it, as every writer here does: the same name, length and date."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (1e9, 1e9))
+    assert file_hash(tmp_path / "one") == HASHES["one"]
+    os.replace(tmp_path / "two", tmp_path / "one")
+    assert file_hash(tmp_path / "one") == HASHES["two"]
+
+
+def test_a_file_that_was_just_written_is_not_believed(tmp_path, reads, monkeypatch):
+    """Two writings within one tick of the file system's clock leave the same dates: what was read between them is the
+    first one's content, and must not be remembered until the file has settled."""
+    path = tmp_path / "weights"
+    path.write_text("one")
+    found = path.stat()
+    monkeypatch.setattr(disk.Path, "stat", lambda self, **more: found)
+    monkeypatch.setattr(disk, "SETTLED", math.inf)
+    assert [file_hash(path), file_hash(path)] == [HASHES["one"]] * 2
+    path.write_text("two")
+    monkeypatch.setattr(disk, "SETTLED", -math.inf)
+    assert file_hash(path) == HASHES["two"]
+
+
+def test_opening_an_artefact_again_reads_its_files_once(tmp_path, reads):
+    make(tmp_path / "x")
+    disk._HASHES.clear()
+    reads.clear()
+    for _ in range(5):
+        assert load_manifest(tmp_path / "x")
+    assert sorted(name for name in reads if name in ("a.txt", "b.bin")) == ["a.txt", "b.bin"]

@@ -1,7 +1,7 @@
 import pytest
 
-from dpo_helpers.checks import check, check_that
 from dpo_helpers.settings import load_settings
+from dpo_helpers.show.checks import check, check_that
 
 
 def test_prints_the_expectation_not_the_value(capsys):
@@ -26,8 +26,24 @@ def test_numbers_of_the_mini_profile_are_not_claimed_of_others(capsys):
     check("loss", 5.0, 0.693, 2e-3, only=other)
     check_that("a", False, only=other)
     assert capsys.readouterr().out == (
-        "loss: 5 (no expectation: it was measured on the mini profile as it stands)\n"
-        "a: does not hold here (claimed of the mini profile as it stands)\n"
+        "loss: 5 (no expectation: it was measured on the mini profile as it is)\n"
+        "a: does not hold here (claimed of the mini profile as it is)\n"
     )
     with pytest.raises(AssertionError):
         check("loss", 5.0, 0.693, 2e-3, only=load_settings("mini"))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_claimed"),
+    [
+        ({"runs_dir": "x", "device": "cpu"}, True), ({"trunk_gb": 1.0, "save_every": 7, "resume": False}, True),
+        ({"seed": 1}, False), ({"precision": "bf16"}, False), ({"freeze_embeddings": False}, False),
+    ],
+)  # fmt: skip
+def test_where_and_on_what_a_run_is_made_does_not_change_what_is_claimed_but_how_precisely_does(change, is_claimed):
+    settings = load_settings("mini", **change)
+    if is_claimed:
+        with pytest.raises(AssertionError, match="a: does not hold"):
+            check_that("a", False, only=settings)
+    else:
+        check_that("a", False, only=settings)

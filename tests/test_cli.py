@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from conftest import ROOT, SMALL
 from dpo_helpers.cli import app
-from dpo_helpers.mini import preference_rows
+from dpo_helpers.worlds.embedded import preference_rows
 
 
 def run(*arguments, cwd=None, **environment):
@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reference", "--profile", "gpt2"], "error: cannot load the tokenizer of 'openai-community/gpt2'"),
+        (["reference", "--profile", "gpt2"], "error: cannot get model 'openai-community/gpt2'"),
         (
             ["data", "--dataset", "bad.jsonl"],
             "error: bad.jsonl: 1 of 3 rows cannot be used (most often: no 'chosen': every row needs",

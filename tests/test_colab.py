@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 
 from conftest import ROOT
-from dpo_helpers.lesson import REPOSITORY
+from dpo_helpers.tools.skeleton import REPOSITORY
 
 pytestmark = [
     pytest.mark.slow(40),
@@ -43,8 +43,8 @@ from importlib.resources import files
 import dpo_helpers
 import google.colab
 import torch
-from dpo_helpers.models import load_model
-from dpo_helpers.runs import compute_of
+from dpo_helpers.run.loading import load_model
+from dpo_helpers.run.machine import compute_of
 from dpo_helpers.settings import load_settings
 
 settings = load_settings("mini")
@@ -52,7 +52,7 @@ print(json.dumps({
     "package": dpo_helpers.__file__,
     "source": json.loads(distribution("dpo_helpers").read_text("direct_url.json"))["url"],
     "torch": torch.__version__,
-    "weights": files("dpo_helpers").joinpath("mini/model/model.safetensors").stat().st_size,
+    "weights": files("dpo_helpers.worlds").joinpath("mini/model/model.safetensors").stat().st_size,
     "parameters": sum(p.numel() for p in load_model(settings).parameters()),
     "device": str(compute_of(settings).device),
 }))
@@ -144,7 +144,7 @@ def test_the_cell_installs_the_course_and_leaves_torch_alone(colab, source):
     assert Path(found["package"]) == colab.packages / "dpo_helpers/__init__.py"
     assert found["source"] == source
     assert found["torch"] == torch.__version__
-    assert found["weights"] == (ROOT / "dpo_helpers/mini/model/model.safetensors").stat().st_size
+    assert found["weights"] == (ROOT / "dpo_helpers/worlds/mini/model/model.safetensors").stat().st_size
     assert found["parameters"] > 1_000_000
     assert found["device"].split(":")[0] in ("cpu", "cuda")
     installed = {path.name.split("-")[0] for path in colab.packages.glob("*.dist-info")}

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from dpo_helpers.device import Compute, peak_memory_gb, pick_compute
+from dpo_helpers.device import Compute
 from dpo_helpers.errors import SettingsError
+from dpo_helpers.run.gradients import InParts
+from dpo_helpers.run.machine import describe, peak_memory_gb, pick_compute
 
 
 @pytest.mark.parametrize(
@@ -24,11 +26,11 @@ def test_cpu_is_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     compute = pick_compute()
-    assert compute.describe() == "cpu, fp32"
-    assert not compute.grad_scaler().is_enabled()
+    assert describe(compute) == "cpu, fp32"
+    assert not InParts(1, compute, []).scaler.is_enabled()
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_compute().describe() == "cpu, fp32", "it has to be asked for: there is no float64 there"
-    assert pick_compute("mps").describe() == "mps, fp32"
+    assert describe(pick_compute()) == "cpu, fp32", "it has to be asked for: there is no float64 there"
+    assert describe(pick_compute("mps")) == "mps, fp32"
 
 
 @pytest.mark.parametrize(
@@ -78,14 +80,12 @@ def test_peak_memory_is_of_this_process():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_training_on_cuda_starts_at_ln_2():
-    from test_training import PLAN, pairs
+    from test_training import PLAN, pairs, scored, train_in_parts
 
     from conftest import tiny_gpt2
-    from dpo_helpers.evaluation import score_pairs
-    from dpo_helpers.training import DPOObjective, train
+    from dpo_helpers.training import DPOObjective
 
     compute, data = pick_compute(), pairs()
     policy = tiny_gpt2().to(compute.device)
-    scores = score_pairs(policy, data, compute, pad_id=0)
-    rows = train(policy, data, DPOObjective(scores.chosen, scores.rejected, 0.5), PLAN, compute, pad_id=0)
+    rows = train_in_parts(policy, data, DPOObjective(scored(policy, data, compute), 0.5), PLAN, compute)
     assert abs(rows[0]["loss"] - 0.6931) < 2e-2

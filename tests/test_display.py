@@ -1,4 +1,4 @@
-from dpo_helpers.display import html_table, show_masks, show_text
+from dpo_helpers.show.tables import html_table, show_masks, show_text
 from dpo_helpers.tokens import EncodedPair
 
 

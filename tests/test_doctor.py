@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_helpers import steps
-from dpo_helpers.doctor import SIGNS, Run, describe, examine, read_run
 from dpo_helpers.errors import ArtefactError
-from dpo_helpers.evaluation import PairScores
-from dpo_helpers.pains import PAINS
+from dpo_helpers.lesson.doctor import SIGNS, Run, describe, examine, read_run
+from dpo_helpers.lesson.pains import PAINS
+from dpo_helpers.logprobs import PairScores
+from dpo_helpers.run import measures
 
 LN_2 = math.log(2)
 
 
 def scores(shift=0.0, n=400, mean=False):
-    """-2 nats a token; under the policy 90 % of the chosen responses gain `shift` on the rejected ones, the rest lose."""
+    """-2 nats per token; under the policy 90 % of the chosen responses gain `shift` on the rejected ones, the rest lose."""
     tokens = torch.arange(n) % 17 + 3
     chosen = -2.0 * tokens
     rejected = chosen.clone()
@@ -62,7 +62,7 @@ SICK = {
 
 
 def verdicts(run):
-    return {finding.pain.number: finding.verdict for finding in examine(run)}
+    return {found.pain.number: found.verdict for found in examine(run)}
 
 
 def test_a_healthy_run_shows_nothing():
@@ -99,7 +99,7 @@ def test_the_text_names_cause_and_remedy_of_what_applies_first():
 
 
 def numbers(number):
-    text = PAINS[number - 1].run()
+    text = PAINS[number - 1].experiment()
     return text, [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", text)]
 
 
@@ -124,24 +124,24 @@ def test_experiments_show_what_they_claim():
     assert (rows, by_position, by_id) == (8, 8, 0), text
     text, values = numbers(8)
     assert values[2] == 0 < min(values[3:]), text
-    assert "in fp16 a gradient of 1e-8 is 0 " in PAINS[8].run()
-    assert "300² is inf" in PAINS[8].run()
+    assert "in fp16 a gradient of 1e-8 is 0 " in PAINS[8].experiment()
+    assert "300² is inf" in PAINS[8].experiment()
     text, values = numbers(10)
     assert values[2] == 1.6, text  # 16 rows x 512 positions x 50257 x 4 bytes = 1.65e9
-    assert "ends in a loop: False; " in PAINS[10].run()
-    assert PAINS[10].run().endswith("ends in a loop: True")
+    assert "ends in a loop: False; " in PAINS[10].experiment()
+    assert PAINS[10].experiment().endswith("ends in a loop: True")
     text, values = numbers(12)
     assert "margin 2.50 from sums, 0.10 from means" in text  # 0.5·(4 + 1); 0.5·(0.1 + 0.1)
     text, (shifted, unshifted) = numbers(13)
     assert unshifted < 5 * shifted < 0, text
     assert numbers(14)[0].count("[") == 4
-    assert "False from a generator's state, True from (seed, epoch)" in PAINS[14].run()
+    assert "False from a generator's state, True from (seed, epoch)" in PAINS[14].experiment()
 
 
 @pytest.mark.slow
 def test_a_real_run_is_read_from_its_folder(small):
     settings = replace(small, init_from="base")
-    steps.get_comparison(settings)
+    measures.get_comparison(settings)
     run = read_run(settings.run_dir)
     assert (len(run.training), run.held_out[0]["step"], run.made_from["beta"]) == (3, 0, 0.5)
     found = verdicts(run)
@@ -167,7 +167,7 @@ def test_a_trl_run_is_read_from_its_trainer_state(tmp_path):
 
 
 def test_a_loss_that_is_not_known_to_be_sigmoid_is_not_judged_by_ln_2():
-    """An IPO run of TRL starts at 1/(4β²) = 25 with β = 0.1; an SFT stage has a loss of its own."""
+    """An IPO run of TRL starts at 1/(4β²) = 25 with β = 0.1; an SFT run has a loss of its own."""
     ipo = Run(None, [row(s, loss=25.0, chosen_reward=0.0) for s in range(1, 20)], [])
     assert verdicts(ipo)[4] == verdicts(ipo)[3] == "no sign"
     sft = replace(

@@ -1,4 +1,4 @@
-"""The fast path against the plain step that runs two padded rows a pair through the whole model."""
+"""The fast path against the plain step that runs two padded rows per pair through the whole model."""
 
 import gc
 import math
@@ -6,19 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import PLAN, pairs, plan
+from test_training import pairs, plan, scored, sft, train_in_parts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_gpt2
 from dpo_helpers.device import Compute
-from dpo_helpers.engine import FastPath
 from dpo_helpers.errors import DataError, TrainingError
-from dpo_helpers.evaluation import score_pairs
-from dpo_helpers.flat import flatten, tokens_of
-from dpo_helpers.models import Float32Head, freeze
-from dpo_helpers.store import TrunkStore
-from dpo_helpers.tokens import EncodedPair, collate
-from dpo_helpers.training import DPOObjective, sft_objective, train
+from dpo_helpers.fast.engine import FastScorer
+from dpo_helpers.fast.flat import flatten, tokens_of
+from dpo_helpers.fast.store import TrunkStore
+from dpo_helpers.logprobs import PlainScorer
+from dpo_helpers.models import freeze
+from dpo_helpers.run.checkpoints import Checkpoints
+from dpo_helpers.run.loading import with_float32_head
+from dpo_helpers.run.watch import RunWatch
+from dpo_helpers.tokens import EncodedPair
+from dpo_helpers.training import DPOObjective
 
 
 def tiny_llama(**changes):
@@ -31,13 +34,14 @@ def tiny_llama(**changes):
 
 
 def objectives(model, data, compute):
-    scores = score_pairs(model, data, compute, pad_id=0)
-    return {"dpo": DPOObjective(scores.chosen - 1, scores.rejected + 1, 0.5), "sft": sft_objective}
+    scores = scored(model, data, compute)
+    moved = replace(scores, chosen=scores.chosen - 1, rejected=scores.rejected + 1)
+    return {"dpo": DPOObjective(moved, 0.5), "sft": sft(data)}
 
 
-def losses_and_gradients(model, objective, data, at):
+def losses_and_gradients(model, objective, scorer, at):
     model.zero_grad()
-    losses, _ = objective(model, collate([data[i] for i in at], 0), at)
+    losses, _ = objective(at, *scorer(model, at, objective.sides))
     losses.mean().backward()
     return losses.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -58,11 +62,11 @@ def test_float64_to_12_digits(cpu, name, first_blocks):
     data, model = pairs(), tiny_gpt2().double()
     freeze(model, first_blocks)
     objective = objectives(model, data, cpu)[name]
-    fast = FastPath(model, data, first_blocks)
+    fast = FastScorer(model, data, first_blocks)
     at = [7, 2, 9, 4]
-    expected = losses_and_gradients(model, objective, data, at)
+    expected = losses_and_gradients(model, objective, PlainScorer(data, 0), at)
     for _ in range(2):
-        assert_close(losses_and_gradients(model, replace(objective, fast=fast), data, at), expected, 1e-12)
+        assert_close(losses_and_gradients(model, objective, fast, at), expected, 1e-12)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -73,8 +77,8 @@ def test_llama(cpu, name, tied):
     freeze(model, 2)
     objective = objectives(model, data, cpu)[name]
     at = [7, 2, 9, 4]
-    expected = losses_and_gradients(model, objective, data, at)
-    found = losses_and_gradients(model, replace(objective, fast=FastPath(model, data, 2)), data, at)
+    expected = losses_and_gradients(model, objective, PlainScorer(data, 0), at)
+    found = losses_and_gradients(model, objective, FastScorer(model, data, 2), at)
     assert_close(found, expected, 1e-4)
     assert ("lm_head.weight" in found[1]) is not tied
 
@@ -102,24 +106,21 @@ def test_batches_of_any_shape(cpu, shape):
     freeze(model, 1)
     objective = objectives(model, data, cpu)["dpo"]
     at = range(len(data))
-    expected = losses_and_gradients(model, objective, data, at)
-    assert_close(
-        losses_and_gradients(model, replace(objective, fast=FastPath(model, data, 1)), data, at), expected, 1e-4
-    )
+    expected = losses_and_gradients(model, objective, PlainScorer(data, 0), at)
+    assert_close(losses_and_gradients(model, objective, FastScorer(model, data, 1), at), expected, 1e-4)
 
 
 @pytest.mark.parametrize("budget", [4e9, 1000, 0])
-def test_what_finds_no_room_is_run_anew(cpu, budget):
-    """d = 16 in float32 is 64 bytes a token: 1,000 bytes hold 15 tokens, one or two pairs of ten."""
+def test_what_finds_no_room_is_run_again(cpu, budget):
+    """d = 16 in float32 is 64 bytes per token: 1,000 bytes hold 15 tokens, one or two pairs of ten."""
     data, model = pairs(), tiny_gpt2()
     freeze(model, 2)
     objective = objectives(model, data, cpu)["dpo"]
-    fast = FastPath(model, data, 2, budget=budget)
+    fast = FastScorer(model, data, 2, budget=budget)
     assert fast.store.capacity == min(sum(map(tokens_of, data)), budget // 64)
-    expected = losses_and_gradients(model, objective, data, range(10))
+    expected = losses_and_gradients(model, objective, PlainScorer(data, 0), range(10))
     for _ in range(2):
-        found = losses_and_gradients(model, replace(objective, fast=fast), data, range(10))
-        assert_close(found, expected, 1e-4)
+        assert_close(losses_and_gradients(model, objective, fast, range(10)), expected, 1e-4)
     kept = [i for i in range(10) if fast.store.has(i)]
     assert len(kept) == 10 if budget == 4e9 else 0 < len(kept) < 10 if budget else not kept
 
@@ -128,7 +129,7 @@ def test_a_full_disk_is_said_and_survived(monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_helpers.store.os.posix_fallocate", full, raising=False)
+    monkeypatch.setattr("dpo_helpers.fast.store.os.posix_fallocate", full, raising=False)
     store = TrunkStore(10, 4, torch.device("cpu"), budget=1e9)
     store.put(0, torch.ones(2, 4))
     assert not store.has(0)
@@ -138,7 +139,9 @@ def test_a_full_disk_is_said_and_survived(monkeypatch, capsys):
 def test_a_gpu_gives_half_of_its_free_memory(monkeypatch):
     """Room for 5 rows of 16 bytes in half of 170 bytes, whatever the budget says."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (170, 999))
-    monkeypatch.setattr("dpo_helpers.store.torch.empty", lambda *size, dtype, device: torch.zeros(*size, dtype=dtype))
+    monkeypatch.setattr(
+        "dpo_helpers.fast.store.torch.empty", lambda *size, dtype, device: torch.zeros(*size, dtype=dtype)
+    )
     assert TrunkStore(100, 4, torch.device("cuda"), budget=1e9).capacity == 5
     assert TrunkStore(100, 4, torch.device("cuda"), budget=32).capacity == 2
 
@@ -167,12 +170,11 @@ def test_50_updates_follow_the_plain_loop(cpu, optimizer, monkeypatch):
     for trunk_of in (None, tiny_gpt2(), tiny_gpt2(seed=1)):
         model = tiny_gpt2()
         freeze(model, 2)
-        objective = objectives(model, data, cpu)["dpo"]
+        objective, scorer = objectives(model, data, cpu)["dpo"], None
         if trunk_of is not None:
-            fast = FastPath(trunk_of, data, 2)
-            score_pairs(trunk_of, data, cpu, pad_id=0, fast=fast)
-            objective = replace(objective, fast=fast)
-        rows = train(model, data, objective, plan(epochs=17, micro_batch_size=2), cpu, pad_id=0)
+            scorer = FastScorer(trunk_of, data, 2)
+            scored(trunk_of, data, cpu, scorer)
+        rows = train_in_parts(model, data, objective, plan(epochs=17, micro_batch_size=2), cpu, scorer)
         runs.append(torch.tensor([row["loss"] for row in rows]))
     assert len(runs[0]) >= 50
     assert runs[0][0] - runs[0][-1] > 0.1, "it learns"
@@ -183,33 +185,36 @@ def test_50_updates_follow_the_plain_loop(cpu, optimizer, monkeypatch):
 def test_the_first_loss_is_ln_2(cpu):
     data, model = pairs(), tiny_gpt2()
     freeze(model, 2)
-    fast = FastPath(model, data, 2)
-    scores = score_pairs(model, data, cpu, pad_id=0, fast=fast)
-    objective = DPOObjective(scores.chosen, scores.rejected, 0.5, fast=fast)
-    losses, metrics = objective(model, collate(data, 0), range(10))
+    fast = FastScorer(model, data, 2)
+    objective = DPOObjective(scored(model, data, cpu, fast), 0.5)
+    losses, metrics = objective(range(10), *fast(model, range(10)))
     assert losses.tolist() == pytest.approx([math.log(2)] * 10, abs=1e-6)
     assert metrics["reward_margin"].abs().max() <= 1e-5
 
 
 def test_scoring_gives_what_the_plain_scoring_gives(cpu):
     data, model = pairs(), tiny_gpt2()
-    fast = FastPath(model, data, 2)
-    plain = score_pairs(model, data[:7], cpu, pad_id=0, batch_size=3)
-    found = score_pairs(model, data[:7], cpu, pad_id=0, batch_size=3, fast=fast)
+    plain = scored(model, data[:7], cpu, batch_size=3)
+    found = scored(model, data[:7], cpu, FastScorer(model, data, 2), batch_size=3)
     torch.testing.assert_close(found.chosen, plain.chosen, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.rejected, plain.rejected, atol=1e-5, rtol=1e-5)
 
 
-def test_evaluation_between_updates_leaves_the_model_whole(cpu):
-    data, model, other = pairs(), tiny_gpt2(), pairs(seed=5)
-    freeze(model, 2)
-    objective = replace(objectives(model, data, cpu)["dpo"], fast=FastPath(model, data, 2))
-    before = score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()
-    rows = train(
-        model, data, objective, PLAN, cpu, pad_id=0,
-        evaluate=lambda step: {"score": score_pairs(model, other, cpu, pad_id=0).chosen.mean().item()},
-    )  # fmt: skip
-    assert rows[0]["score"] == pytest.approx(before, abs=1e-6)
+def test_evaluation_between_updates_leaves_the_model_whole(cpu, tmp_path):
+    """Other pairs, scored before, between and after the updates, change neither the model nor a loss."""
+    data, other = pairs(), pairs(seed=5)
+    runs = []
+    for evaluate in (lambda model, step: {"score": scored(model, other, cpu).chosen.mean().item()}, None):
+        model = tiny_gpt2()
+        freeze(model, 2)
+        objective, fast = objectives(model, data, cpu)["dpo"], FastScorer(model, data, 2)
+        before = scored(model, other, cpu).chosen.mean().item()
+        watch = RunWatch("x", Checkpoints(tmp_path / f"{len(runs)}", {}), lambda: 0, evaluate, evaluations=3)
+        runs.append(train_in_parts(model, data, objective, plan(), cpu, fast, watch))
+    held_out = [row for row in runs[0] if row["split"] == "held_out"]
+    assert [row["step"] for row in held_out] == [0, 2, 4, 6]
+    assert held_out[0]["score"] == pytest.approx(before, abs=1e-6)
+    assert [r["loss"] for r in runs[0] if r["split"] == "train"] == [r["loss"] for r in runs[1]]
 
 
 def test_layout_literals():
@@ -242,16 +247,16 @@ def test_responses_do_not_see_each_other():
     model = tiny_gpt2()
     one, two = EncodedPair([3, 4], [5, 6, 0], [7, 8, 0]), EncodedPair([3, 4], [9, 2, 0], [7, 8, 0])
     with torch.no_grad():
-        scored = [FastPath(model, [pair], 1).pair_logprobs(model, [0]) for pair in (one, two)]
-    assert scored[0][1].item() == scored[1][1].item()
-    assert scored[0][0].item() != scored[1][0].item()
+        found = [FastScorer(model, [pair], 1)(model, [0]) for pair in (one, two)]
+    assert found[0][1].item() == found[1][1].item()
+    assert found[0][0].item() != found[1][0].item()
 
 
 def test_dropout_is_refused():
     model = tiny_gpt2()
     freeze(model, 1)
     with pytest.raises(TrainingError, match="dropout off"):
-        FastPath(model, pairs(), 1).pair_logprobs(model.train(), [0])
+        FastScorer(model, pairs(), 1)(model.train(), [0])
 
 
 def test_a_trunk_that_trains_is_refused():
@@ -259,10 +264,10 @@ def test_a_trunk_that_trains_is_refused():
     model = tiny_gpt2()
     freeze(model, 1)
     with pytest.raises(TrainingError, match="first 2 blocks without gradient"):
-        FastPath(model, pairs(), 2).pair_logprobs(model, [0])
+        FastScorer(model, pairs(), 2)(model, [0])
     freeze(model, 1, freeze_embeddings=False)
     with pytest.raises(TrainingError, match="embeddings"):
-        FastPath(model, pairs(), 1).pair_logprobs(model, [0])
+        FastScorer(model, pairs(), 1)(model, [0])
 
 
 def test_an_empty_prompt_is_named():
@@ -272,12 +277,11 @@ def test_an_empty_prompt_is_named():
 
 def test_sixteen_bits_follow_the_plain_path(cpu):
     """bf16 inside autocast: both paths are near float32's truth, the fast one no further from it."""
-    data, model = pairs(200), tiny_gpt2()
-    model.lm_head.__class__ = Float32Head
+    data, model = pairs(200), with_float32_head(tiny_gpt2())
     half = Compute(torch.device("cpu"), "bf16")
     truth, plain, fast = (
-        score_pairs(model, data, compute, pad_id=0, fast=path)
-        for compute, path in ((cpu, None), (half, None), (half, FastPath(model, data, 2)))
+        scored(model, data, compute, scorer)
+        for compute, scorer in ((cpu, None), (half, None), (half, FastScorer(model, data, 2)))
     )
     error_plain, error_fast = ((found.chosen - truth.chosen).pow(2).mean().sqrt() for found in (plain, fast))
     assert 0 < error_fast <= 1.1 * error_plain

@@ -1,30 +1,29 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from conftest import tiny_gpt2
 from dpo_helpers.errors import DataError
-from dpo_helpers.evaluation import (
-    PairScores,
-    longer_wins,
-    measure_kl,
-    measure_samples,
-    pair_values,
-    preference_metrics,
-    response_kls,
-    score_pairs,
-    text_measures,
-    token_logratios,
-)
+from dpo_helpers.evaluation import pair_values, preference_metrics, response_kls, score_pairs, token_logratios
 from dpo_helpers.generation import Response, sample
-from dpo_helpers.logprobs import pair_logprobs
+from dpo_helpers.logprobs import PairScores, PlainScorer, pair_logprobs
+from dpo_helpers.run.measures import longer_wins
+from dpo_helpers.run.sampled import sample_and_measure
+from dpo_helpers.settings import load_settings
+from dpo_helpers.show.texts import text_measures
 from dpo_helpers.tokens import EncodedPair, collate
+from dpo_helpers.uncertainty import mean_and_error
 
 
 def scores(chosen, rejected, chosen_tokens=None, rejected_tokens=None):
     tokens = [torch.tensor(t if t is not None else [4] * len(chosen)) for t in (chosen_tokens, rejected_tokens)]
     return PairScores(torch.tensor(chosen), torch.tensor(rejected), *tokens)
+
+
+def scored(model, pairs, compute, **how):
+    return score_pairs(model, pairs, PlainScorer(pairs, 0), compute, **how)
 
 
 def test_preference_metrics_by_hand():
@@ -45,10 +44,10 @@ def test_preference_metrics_by_hand():
 def test_batch_size_and_order_change_no_score(cpu):
     model = tiny_gpt2()
     pairs = [EncodedPair([3] * (1 + i % 4), [5 + i, 7, 0][i % 3 :], [9, 0]) for i in range(9)]
-    scores = [score_pairs(model, pairs, cpu, pad_id=0, batch_size=size) for size in (1, 4, 9)]
+    scores = [scored(model, pairs, cpu, batch_size=size) for size in (1, 4, 9)]
     for other in scores[1:]:
         torch.testing.assert_close(scores[0].chosen, other.chosen, atol=1e-5, rtol=0)
-    backwards = score_pairs(model, pairs[::-1], cpu, pad_id=0)
+    backwards = scored(model, pairs[::-1], cpu)
     torch.testing.assert_close(backwards.rejected.flip(0), scores[0].rejected, atol=1e-5, rtol=0)
     with torch.no_grad():
         direct, _ = pair_logprobs(model, collate([pairs[5]], 0))
@@ -68,17 +67,17 @@ class Tokens:
 def test_kl_of_a_model_to_itself_is_zero_and_to_another_is_not(cpu):
     policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
     responses = sample(policy, Tokens(), ["ab", "cde"] * 5, max_new_tokens=5, compute=cpu)
-    same = measure_kl(policy, policy, Tokens(), responses, cpu, max_prompt_length=10)
-    assert same["kl"] == same["k1"] == same["k3"] == 0.0
-    different = measure_kl(policy, other, Tokens(), responses, cpu, max_prompt_length=10)
-    assert different["kl"] > 3 * different["kl_se"] > 0
+    same = response_kls(policy, policy, Tokens(), responses, cpu, max_prompt_length=10)
+    assert {key: values.tolist() for key, values in same.items()} == {key: [0.0] * 10 for key in ("kl", "k1", "k3")}
+    different = response_kls(policy, other, Tokens(), responses, cpu, max_prompt_length=10)
+    mean, error = mean_and_error(different["kl"])
+    assert mean > 3 * error > 0
 
 
 def test_kl_is_that_of_a_plain_loop(cpu):
-    """One unpadded pass a response, full-vocabulary KL at each response position, in float64."""
+    """One unpadded pass per response, full-vocabulary KL at each response position, in float64."""
     policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
     responses = sample(policy, Tokens(), ["ab", "cdefg", "h"], max_new_tokens=6, compute=cpu)
-    got = measure_kl(policy, other, Tokens(), responses, cpu, max_prompt_length=10, batch_size=2)
     totals = []
     for response in responses:
         prompt = Tokens().encode(response.prompt)
@@ -87,9 +86,11 @@ def test_kl_is_that_of_a_plain_loop(cpu):
             p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (policy, other))
         positions = range(len(prompt) - 1, ids.shape[1] - 1)
         totals.append(sum((p[t].exp() * (p[t] - q[t])).sum().item() for t in positions))
-    assert got["kl"] == pytest.approx(sum(totals) / 3, rel=1e-4)
-    each = response_kls(policy, other, Tokens(), responses, cpu, max_prompt_length=10, batch_size=2)
-    assert each["kl"].tolist() == pytest.approx(totals, rel=1e-4), "in the order of the responses, not of their lengths"
+    for size in (2, 16):
+        each = response_kls(policy, other, Tokens(), responses, cpu, max_prompt_length=10, batch_size=size)
+        assert each["kl"].tolist() == pytest.approx(totals, rel=1e-4), (
+            "in the order of the responses, not their lengths"
+        )
 
 
 def test_text_measures_by_hand():
@@ -122,13 +123,11 @@ def test_order_batch_size_and_padding_change_no_metric(cpu):
     shuffled = [pairs[i] for i in torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()]
     found = []
     for data, size in ((pairs, 16), (pairs, 1), (shuffled, 5)):
-        policy, reference = (score_pairs(m, data, cpu, pad_id=0, batch_size=size) for m in (model, other))
+        policy, reference = (scored(m, data, cpu, batch_size=size) for m in (model, other))
         found.append(preference_metrics(policy, reference, 0.3) | {"longer": longer_wins(policy)[0]})
     for metrics in found[1:]:
         assert metrics == pytest.approx(found[0], abs=1e-5)
-    broken = preference_metrics(
-        score_pairs(model, pairs, cpu, pad_id=0), score_pairs(other, shuffled, cpu, pad_id=0), 0.3
-    )
+    broken = preference_metrics(scored(model, pairs, cpu), scored(other, shuffled, cpu), 0.3)
     assert broken != pytest.approx(found[0], abs=1e-5), "policy and reference must be in the same order"
 
 
@@ -138,24 +137,31 @@ def test_batch_size_and_order_change_no_kl_and_no_sample(cpu):
     responses = sample(policy, Tokens(), prompts, max_new_tokens=6, compute=cpu)
     alone = sample(policy, Tokens(), prompts, max_new_tokens=6, compute=cpu, batch_size=1)
     assert [r.ids for r in responses] == [r.ids for r in alone]
-    first = measure_kl(policy, other, Tokens(), responses, cpu, max_prompt_length=10)
-    for rows, size in ((responses, 1), (responses[::-1], 4)):
-        assert measure_kl(policy, other, Tokens(), rows, cpu, max_prompt_length=10, batch_size=size) == pytest.approx(
-            first, abs=1e-4
-        )
+    first = response_kls(policy, other, Tokens(), responses, cpu, max_prompt_length=10)
+    alone = response_kls(policy, other, Tokens(), responses, cpu, max_prompt_length=10, batch_size=1)
+    back = response_kls(policy, other, Tokens(), responses[::-1], cpu, max_prompt_length=10, batch_size=4)
+    for key, values in first.items():
+        assert alone[key].tolist() == pytest.approx(values.tolist(), abs=1e-4), key
+        assert back[key].tolist()[::-1] == pytest.approx(values.tolist(), abs=1e-4), key
 
 
-def test_measure_samples_adds_the_true_reward_where_it_is_known(cpu):
+def test_samples_are_measured_and_get_the_true_reward_where_it_is_known(monkeypatch):
+    """Of two responses whose true rewards are 2 and 1: mean 1.5, standard error 0.5, standard deviation √½."""
     policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
-    arguments = {"max_new_tokens": 4, "max_prompt_length": 10, "seed": 0}
-    _, metrics = measure_samples(policy, other, Tokens(), ["ab", "c"], cpu, **arguments)
-    assert "true_reward" not in metrics
-    assert {"kl", "k1", "k3", "length", "looping"} <= set(metrics)
-    _, graded = measure_samples(
-        policy, other, Tokens(), ["ab", "c"], cpu, true_reward=lambda p, t: float(len(p)), **arguments
+    monkeypatch.setattr("dpo_helpers.worlds.embedded.true_reward", lambda prompt, text: float(len(prompt)))
+    settings = load_settings("mini", device="cpu", max_new_tokens=4, max_prompt_length=10)
+    unknown, known = (
+        sample_and_measure(load, Tokens(), policy, other, ["ab", "c"])
+        for load in (replace(settings, dataset="somebody/else"), settings)
     )
-    assert (graded["true_reward"], graded["true_reward_se"]) == (1.5, 0.5)
-    assert graded["true_reward_sd"] == pytest.approx(0.5**0.5)
+    assert "true_reward" not in unknown.metrics
+    assert {"kl", "k1", "k3", "length", "looping"} <= set(unknown.metrics)
+    assert (known.metrics["true_reward"], known.metrics["true_reward_se"]) == (1.5, 0.5)
+    assert known.metrics["true_reward_sd"] == pytest.approx(0.5**0.5)
+    for found in (unknown, known):
+        assert [response.prompt for response in found.responses] == ["ab", "c"]
+        for key in ("kl", "k1", "k3"):
+            assert found.metrics[key] == pytest.approx(found.kls[key].double().mean().item())
 
 
 def test_token_logratios_are_the_differences_token_by_token(cpu):
@@ -181,7 +187,7 @@ def test_token_logratios_are_the_differences_token_by_token(cpu):
 def test_token_logratios_sum_to_the_logratios(cpu):
     policy, reference = tiny_gpt2(1), tiny_gpt2(2)
     for pair in (EncodedPair([3], [5], [9, 8, 0]), EncodedPair([3, 4], [5, 6, 0], [0])):
-        of_policy, of_reference = (score_pairs(model, [pair], cpu, pad_id=0) for model in (policy, reference))
+        of_policy, of_reference = (scored(model, [pair], cpu) for model in (policy, reference))
         sums = [side.sum().item() for side in token_logratios(policy, reference, pair, cpu)]
         expected = [
             (of_policy.chosen - of_reference.chosen).item(),

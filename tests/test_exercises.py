@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from dpo_helpers import exercises
+from dpo_helpers.lesson import exercises
 from dpo_helpers.errors import CourseError
-from dpo_helpers.exercises import EXERCISES, Exercise, Mistake
-from dpo_helpers.exercises.core import same
+from dpo_helpers.lesson.exercises import EXERCISES, Exercise, Mistake
+from dpo_helpers.lesson.exercises.core import same
 
 MISTAKES = [pytest.param(e, m, id=f"{e.number} {m.name}") for e in EXERCISES.values() for m in e.mistakes]
 each = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES.keys())

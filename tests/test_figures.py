@@ -13,11 +13,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from dpo_helpers import figures, tabular
 from dpo_helpers.evaluation import Evaluation
-from dpo_helpers.figures import canvas, worlds
-from dpo_helpers.flat import flatten
+from dpo_helpers.fast.flat import flatten
+from dpo_helpers.show import figures
+from dpo_helpers.show.figures import canvas, worlds
 from dpo_helpers.tokens import EncodedPair, collate
+from dpo_helpers.worlds import tabular
 
 NAN = math.nan
 
@@ -456,7 +457,7 @@ def point(step, kl, reward, **more):
     return {"step": step, "kl": kl, "true_reward": reward, "reward_margin": -reward, **more}
 
 
-START = Evaluation("reference", 0.5, {"kl": 0.0, "true_reward": -1.0, "reward_margin": 0.0}, [])
+START = Evaluation("reference", 0.5, {"kl": 0.0, "true_reward": -1.0, "reward_margin": 0.0}, [], {})
 
 
 def test_plane_filling(drawn):
@@ -483,7 +484,7 @@ def test_plane_filling(drawn):
 
 def test_plane_filling_without_a_true_reward(drawn):
     """The margin is drawn then, and runs that have none are left out, as SFT."""
-    start = Evaluation("reference", 0.5, {"kl": 0.0, "reward_margin": 0.0}, [])
+    start = Evaluation("reference", 0.5, {"kl": 0.0, "reward_margin": 0.0}, [], {})
     said = figures.plot_plane_filling({"sft": [{"step": 4, "kl": 9.0}], "dpo": [point(4, 0.5, -2.0)]}, start)
     assert has_line(drawn[0].axes[3], [0.0, 0.5], [0.0, 2.0])
     assert list(legend_of(drawn[0])) == ["dpo", "π_ref"]

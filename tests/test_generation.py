@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from dpo_helpers.generation import _InverseTransform, distinct_n, ends_in_a_loop, repeated_share, row_uniforms, sample
-from dpo_helpers.models import load_model
+from dpo_helpers.generation import _InverseTransform, row_uniforms, sample
+from dpo_helpers.run.loading import load_model
 from dpo_helpers.settings import load_settings
+from dpo_helpers.show.texts import distinct_n, ends_in_a_loop, repeated_share
 
 PROMPTS = [
     "\n\nHuman: How can I grow roses?\n\nAssistant:",

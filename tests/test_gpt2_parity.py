@@ -3,14 +3,15 @@
 import pytest
 import torch
 from test_engine import losses_and_gradients
+from test_training import scored
 from test_trl_parity import BETA, trl_trainer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dpo_helpers.engine import FastPath
-from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.fast.engine import FastScorer
 from dpo_helpers.hh import Pair
+from dpo_helpers.logprobs import PlainScorer
 from dpo_helpers.models import freeze
 from dpo_helpers.tokens import EncodedPair
 from dpo_helpers.training import DPOObjective
@@ -44,18 +45,17 @@ def setting():
 def plain(setting, cpu):
     """Log-probabilities, objective, losses and gradients of the plain path."""
     pairs, policy, reference = setting
-    scores = score_pairs(reference, pairs, cpu, pad_id=0)
-    objective = DPOObjective(scores.chosen, scores.rejected, BETA)
-    found = score_pairs(policy, pairs, cpu, pad_id=0)
-    return found, objective, *losses_and_gradients(policy, objective, pairs, range(len(pairs)))
+    objective = DPOObjective(scored(reference, pairs, cpu), BETA)
+    found = scored(policy, pairs, cpu)
+    return found, objective, *losses_and_gradients(policy, objective, PlainScorer(pairs, 0), range(len(pairs)))
 
 
 @pytest.mark.slow
 def test_the_stored_output_is_that_of_the_frozen_blocks(setting, cpu):
     """hidden_states[8] on every real position of both rows of each pair, to 1e-5 relative."""
     pairs, policy, _ = setting
-    fast = FastPath(policy, pairs, FROZEN)
-    score_pairs(policy, pairs, cpu, pad_id=0, fast=fast)
+    fast = FastScorer(policy, pairs, FROZEN)
+    scored(policy, pairs, cpu, fast)
     for i, pair in enumerate(pairs):
         stored = fast.store.get(i, len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2)
         p, c = len(pair.prompt), len(pair.chosen) - 1
@@ -70,12 +70,11 @@ def test_the_stored_output_is_that_of_the_frozen_blocks(setting, cpu):
 def test_the_fast_path_is_the_plain_path(setting, plain, cpu):
     pairs, policy, _ = setting
     scores, objective, losses, gradients = plain
-    fast = FastPath(policy, pairs, FROZEN)
-    found = score_pairs(policy, pairs, cpu, pad_id=0, fast=fast)
+    fast = FastScorer(policy, pairs, FROZEN)
+    found = scored(policy, pairs, cpu, fast)
     assert (found.chosen - scores.chosen).abs().max() <= 1e-3
     assert (found.rejected - scores.rejected).abs().max() <= 1e-3
-    objective = DPOObjective(objective.reference_chosen, objective.reference_rejected, BETA, fast=fast)
-    own_losses, own_gradients = losses_and_gradients(policy, objective, pairs, range(len(pairs)))
+    own_losses, own_gradients = losses_and_gradients(policy, objective, fast, range(len(pairs)))
     assert abs(own_losses.mean() - losses.mean()) <= 1e-5
     assert losses.mean() < 0.69 or losses.mean() > 0.7, "the policy is not its reference"
     assert set(own_gradients) == set(gradients) != set()

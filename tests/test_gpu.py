@@ -9,22 +9,22 @@ import torch
 from pretend_gpu import pretend_gpu, pretending_kernels
 
 from conftest import ROOT, SMALL
-from dpo_helpers import runs, steps
-from dpo_helpers.course import execute
-from dpo_helpers.models import load_model, load_tokenizer, save_model
-from dpo_helpers.runs import compute_of
+from dpo_helpers.run import machine, measures, stages
+from dpo_helpers.run.course import execute
+from dpo_helpers.run.loading import load_model, load_tokenizer, save_model
+from dpo_helpers.run.machine import compute_of
+from dpo_helpers.run.pairs import load_pairs
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import load_pairs
 
 H100, T4 = (9, 0), (7, 5)
 
 
 @pytest.fixture
-def _found_anew():
+def _found_again():
     """What device there is, is asked once in a process."""
-    runs._compute.cache_clear()
+    machine._compute.cache_clear()
     yield
-    runs._compute.cache_clear()
+    machine._compute.cache_clear()
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses(monkeypatch):
@@ -71,18 +71,18 @@ def test_its_autocast_is_that_of_cuda(monkeypatch):
 
 
 @pytest.mark.slow(30)
-@pytest.mark.usefixtures("_found_anew")
+@pytest.mark.usefixtures("_found_again")
 @pytest.mark.parametrize(
     ("chip", "precision", "tolerance"), [(T4, "fp32", 1e-5), (T4, "fp16", 0.02), (H100, "bf16", 0.05)]
 )
 def test_a_gpu_gets_the_numbers_of_a_cpu(small, tmp_path, monkeypatch, chip, precision, tolerance):
-    dpo, scored = steps.get_dpo(small), steps.get_reference(small).scores("train")
+    dpo, scored = stages.get_dpo(small), stages.get_reference(small).scores("train")
     asked = "fp32" if precision == "fp32" else "auto"
     with pretend_gpu(monkeypatch, chip) as gpu:
         settings = replace(small, device="cuda", precision=asked, runs_dir=str(tmp_path / "gpu"))
-        dpo_on_gpu = steps.get_dpo(settings)
-        kl = steps.get_evaluation(settings, dpo_on_gpu).metrics["kl"]
-        off = steps.get_reference(settings).scores("train").chosen - scored.chosen
+        dpo_on_gpu = stages.get_dpo(settings)
+        kl = measures.get_evaluation(settings, dpo_on_gpu).metrics["kl"]
+        off = stages.get_reference(settings).scores("train").chosen - scored.chosen
     assert gpu.count["aten._foreach_sqrt.default"] > 0, "the optimiser updates on the GPU, all weights at once"
     assert dpo_on_gpu.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5), (
         "policy and reference agree in any precision"
@@ -90,21 +90,21 @@ def test_a_gpu_gets_the_numbers_of_a_cpu(small, tmp_path, monkeypatch, chip, pre
     for name in ("loss", "chosen_reward", "rejected_reward", "reward_margin"):
         assert dpo_on_gpu.metrics[-1][name] == pytest.approx(dpo.metrics[-1][name], abs=tolerance), name
     if precision == "fp32":  # in 16 bits other tokens are drawn here and there, and the KL is that of other answers
-        assert kl == pytest.approx(steps.get_evaluation(small, dpo).metrics["kl"], abs=tolerance)
-    allowed = [compute_of(settings).rounding(len(pair.chosen)) for pair in steps.get_data(small).train]
+        assert kl == pytest.approx(measures.get_evaluation(small, dpo).metrics["kl"], abs=tolerance)
+    allowed = [compute_of(settings).rounding(len(pair.chosen)) for pair in stages.get_data(small).train]
     assert all(abs(a) <= b for a, b in zip(off.tolist(), allowed, strict=True))
     made = json.loads((settings.run_dir / "dpo/manifest.json").read_text(encoding="utf-8"))
     assert made["about"]["device"] == f"cuda (Pretended GPU), {precision}"
 
 
 @pytest.mark.slow(15)
-@pytest.mark.usefixtures("_found_anew")
+@pytest.mark.usefixtures("_found_again")
 def test_the_plain_path_too(small, tmp_path, monkeypatch):
     """With a head that trains there is no fast path; IPO divides by the numbers of tokens."""
     plain = replace(small, freeze_embeddings=False, loss_type="ipo", optimizer="adamw", learning_rate=1e-4)
-    on_cpu = steps.get_dpo(plain).metrics[-1]
+    on_cpu = stages.get_dpo(plain).metrics[-1]
     with pretend_gpu(monkeypatch):
-        on_gpu = steps.get_dpo(replace(plain, device="cuda", runs_dir=str(tmp_path / "gpu"))).metrics[-1]
+        on_gpu = stages.get_dpo(replace(plain, device="cuda", runs_dir=str(tmp_path / "gpu"))).metrics[-1]
     assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], abs=1e-5)
     assert on_gpu["reward_margin"] == pytest.approx(on_cpu["reward_margin"], abs=1e-5)
 

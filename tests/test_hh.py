@@ -1,17 +1,9 @@
 import pytest
 
 from dpo_helpers.errors import DataError
-from dpo_helpers.hh import (
-    Finding,
-    Pair,
-    RowsError,
-    Unreadable,
-    count_turns,
-    parse_row,
-    parse_rows,
-    single_turn,
-    split_prompt,
-)
+from dpo_helpers.hh import Finding, Pair, count_turns, parse_row, single_turn, split_prompt
+from dpo_helpers.run.pairs import RowsError, parse_rows
+from dpo_helpers.run.rows import Unreadable
 
 GOOD = "\n\nHuman: Hi\n\nAssistant: I can help."
 OTHER = "\n\nHuman: Hi\n\nAssistant: I cannot."
@@ -48,7 +40,6 @@ def test_single_turn():
         ({"chosen": 5, "rejected": GOOD}, "'chosen' is int, not text"),
         (["chosen"], "it is list, not an object with 'chosen' and 'rejected'"),
         (None, "it is NoneType, not an object with 'chosen' and 'rejected'"),
-        (Unreadable("line 4 cannot be read as JSON"), "line 4 cannot be read as JSON"),
     ],
 )
 def test_malformed_rows_are_findings_that_name_the_row(row, message):
@@ -76,6 +67,13 @@ def test_useless_rows_are_dropped_with_index_and_reason(chosen, rejected, reason
     assert parse_row({"chosen": chosen, "rejected": rejected}, 11) == Finding(11, reason)
 
 
+def test_a_line_that_could_not_be_read_is_a_finding_with_its_reason():
+    rows = [{"chosen": GOOD, "rejected": OTHER}] * 3 + [Unreadable("line 4 cannot be read as JSON")]
+    pairs, findings = parse_rows(rows, allow_dropped=True)
+    assert findings == [Finding(3, "line 4 cannot be read as JSON", "dropped")]
+    assert len(pairs) == 3
+
+
 def test_html_is_data_like_any_other():
     row = {"chosen": GOOD + "<img src=x onerror=alert(1)>", "rejected": OTHER}
     assert isinstance(parse_row(row), Pair)
@@ -98,7 +96,7 @@ def test_an_empty_data_set_is_an_error():
 
 
 def test_clean_rows_raise_no_alarm():
-    from dpo_helpers.mini import preference_rows
+    from dpo_helpers.worlds.embedded import preference_rows
 
     pairs, dropped = parse_rows(preference_rows("train", 1000))
     assert (len(pairs), dropped) == (1000, [])

@@ -10,15 +10,16 @@ import pytest
 from hub_server import start
 
 from conftest import ROOT, tiny_gpt2
-from dpo_helpers.mini import preference_rows
-from dpo_helpers.models import save_model
+from dpo_helpers.run.loading import save_model
 from dpo_helpers.settings import GPT2_REVISION, HH_REVISION
+from dpo_helpers.worlds.embedded import preference_rows
 
 SCRIPT = """
 import json, sys
 from dpo_helpers.settings import load_settings
-from dpo_helpers.models import load_model, load_tokenizer, weights_hash
-from dpo_helpers.sources import load_pairs
+from dpo_helpers.models import weights_hash
+from dpo_helpers.run.loading import load_model, load_tokenizer
+from dpo_helpers.run.pairs import load_pairs
 settings = load_settings("gpt2", max_pairs=20, held_out_pairs=8)
 data = load_pairs(settings)
 print(json.dumps({"weights": weights_hash(load_model(settings)), "tokens": len(load_tokenizer(settings)),
@@ -28,16 +29,17 @@ print(json.dumps({"weights": weights_hash(load_model(settings)), "tokens": len(l
 
 LOOKED_UP = """
 from dpo_helpers.settings import load_settings
-from dpo_helpers.models import load_model, model_commit
+from dpo_helpers.run.loading import load_model
+from dpo_helpers.run.sources import source_of
 settings = load_settings("gpt2", model="openai-community/gpt2", model_revision=None)
 load_model(settings)
-print(model_commit(settings))
+print(source_of(settings, "model").commit())
 """
 
 
 LOADED = """
 from dpo_helpers.settings import load_settings
-from dpo_helpers.models import load_model
+from dpo_helpers.run.loading import load_model
 load_model(load_settings("gpt2"))
 """
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from dpo_helpers.kl import exact_token_kl, sequence_kl
+from dpo_helpers.evaluation import exact_token_kl, sequence_kl
 
 torch.manual_seed(0)
 # logits of the next token after nothing and after each first token, for two models

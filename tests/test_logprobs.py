@@ -2,9 +2,12 @@
 
 import math
 
+import pytest
 import torch
 
-from dpo_helpers.logprobs import head_logprobs, pair_logprobs, response_logprobs, token_logprobs
+from dpo_helpers.fast.engine import FastScorer
+from dpo_helpers.fast.head import head_logprobs
+from dpo_helpers.logprobs import PlainScorer, pair_logprobs, response_logprobs, token_logprobs
 from dpo_helpers.tokens import EncodedPair, collate
 
 PAIRS = [
@@ -93,7 +96,7 @@ def test_sixteen_bit_logits_are_summed_in_float32():
 
 def test_the_head_in_chunks_is_autograd(monkeypatch):
     """Chunks of 3 rows, 10 rows: float64 values and gradients against log_softmax."""
-    monkeypatch.setattr("dpo_helpers.logprobs.CHUNK_BYTES", 3 * 4 * 7)
+    monkeypatch.setattr("dpo_helpers.fast.head.CHUNK_BYTES", 3 * 4 * 7)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 5, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
@@ -103,3 +106,31 @@ def test_the_head_in_chunks_is_autograd(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(logps, hidden, upstream)[0] for logps in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_the_plain_scorer_runs_the_pairs_at_these_positions_and_no_side_that_is_not_asked_for(gpt2):
+    rows = []
+    gpt2.register_forward_pre_hook(
+        lambda model, _, given: rows.append(given["input_ids"].tolist()) or None, with_kwargs=True
+    )
+    scorer = PlainScorer([*PAIRS, EncodedPair([9], [4, 0], [5, 5, 0])], pad_id=0)
+    with torch.no_grad():
+        chosen, rejected = scorer(gpt2, [1, 0])
+        (only,) = scorer(gpt2, [1, 0], ("chosen",))
+        expected = pair_logprobs(gpt2, collate([PAIRS[1], PAIRS[0]], pad_id=0))
+    torch.testing.assert_close(chosen, expected[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(rejected, expected[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(only, expected[0], atol=1e-6, rtol=0)
+    of_both = [[8, 1, 5, 6, 30, 0], [4, 9, 2, 7, 7, 0], [8, 11, 12, 0, 0, 0], [4, 9, 2, 3, 0, 0]]
+    assert rows[:2] == [of_both, of_both[:2]]
+
+
+@pytest.mark.parametrize("sides", [("chosen",), ("rejected",), ("chosen", "rejected"), ("rejected", "chosen")])
+@pytest.mark.parametrize("scorer", [PlainScorer(PAIRS, 0), lambda *given: FastScorer(given[0], PAIRS, 1)(*given)])
+def test_a_scorer_gives_the_sides_that_are_named_in_their_order(gpt2, scorer, sides):
+    with torch.no_grad():
+        found = scorer(gpt2, [1, 0], sides)
+        expected = dict(zip(("chosen", "rejected"), pair_logprobs(gpt2, collate(PAIRS[::-1], pad_id=0)), strict=True))
+    assert len(found) == len(sides)
+    for side, logps in zip(sides, found, strict=True):
+        torch.testing.assert_close(logps, expected[side], atol=1e-5, rtol=0)

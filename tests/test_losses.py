@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_helpers.errors import SettingsError
-from dpo_helpers.losses import dpo_loss, pair_losses, sft_loss
+from dpo_helpers.losses import dpo_loss, sft_loss
 
 LOGP = st.floats(-500, 0)
 
@@ -61,15 +61,13 @@ def test_mitchell_s_formula_by_hand():
 
 
 def test_ipo_of_pairs_of_unequal_length_is_per_token():
-    """Log-ratios +8 over 4 tokens and -6 over 2: +2 and -3 a token, h = 5; β = 0.25: (5 - 2)² = 9; rewards from sums."""
-    sums, tokens = (t(-2), t(-16), t(-10), t(-10)), (torch.tensor([4]), torch.tensor([2]))
-    losses, chosen, rejected = pair_losses(*sums, *tokens, beta=0.25, loss_type="ipo")
+    """Log-ratios +8 over 4 tokens and -6 over 2: +2 and -3 per token, h = 5; β = 0.25: (5 - 2)² = 9; rewards from sums."""
+    sums, lengths = (t(-2), t(-16), t(-10), t(-10)), (torch.tensor([4]), torch.tensor([2]))
+    losses, chosen, rejected = dpo_loss(*sums, beta=0.25, loss_type="ipo", lengths=lengths)
     assert (losses.item(), chosen.item(), rejected.item()) == (9.0, 2.0, -1.5)
+    assert dpo_loss(*sums, beta=0.25, loss_type="ipo")[0].item() == (14 - 2) ** 2, "of sums without lengths"
     for loss_type in ("sigmoid", "hinge", "robust"):
-        one, two = (
-            pair_losses(*sums, *tokens, beta=0.25, loss_type=loss_type),
-            dpo_loss(*sums, beta=0.25, loss_type=loss_type),
-        )
+        one, two = (dpo_loss(*sums, beta=0.25, loss_type=loss_type, lengths=given) for given in (lengths, None))
         assert torch.equal(one[0], two[0])
 
 

@@ -1,24 +1,24 @@
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from conftest import tiny_gpt2
 from dpo_helpers.device import Compute
 from dpo_helpers.errors import CourseError, ModelError, SettingsError
-from dpo_helpers.logprobs import head_logprobs, response_logprobs
-from dpo_helpers.models import (
-    blocks,
-    count_parameters,
-    freeze,
-    load_model,
-    load_saved,
-    load_tokenizer,
-    model_identity,
-    save_model,
-    weights_hash,
-)
+from dpo_helpers.fast.head import head_logprobs
+from dpo_helpers.logprobs import response_logprobs
+from dpo_helpers.models import blocks, count_parameters, freeze, weights_hash
+from dpo_helpers.run.loading import load_model, load_saved, load_tokenizer, model_identity, save_model
 from dpo_helpers.settings import load_settings
 
 
@@ -58,6 +58,56 @@ def test_llama_blocks_and_untied_head():
     assert {name.split(".")[1] for name in frozen} == {"embed_tokens", "layers"}
     assert len(blocks(model)) == 3
     assert model.lm_head.weight.requires_grad
+
+
+def frozen_blocks(model, at):
+    """Numbers of the blocks all of whose parameters are frozen, and of those that have a frozen one; at: in names."""
+    flags = {}
+    for name, parameter in model.named_parameters():
+        if name.split(".")[1] in ("h", "layers"):
+            flags.setdefault(int(name.split(".")[at]), []).append(not parameter.requires_grad)
+    return {n for n, found in flags.items() if all(found)}, {n for n, found in flags.items() if any(found)}
+
+
+def test_experts_are_frozen_with_their_block_and_not_instead_of_it():
+    """Two blocks of four experts each: freezing one block freezes its experts, all of them, and none of the other's."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=40, num_hidden_layers=2, num_local_experts=4, **sizes))
+    freeze(model, 1)
+    assert len(blocks(model)) == 2
+    assert frozen_blocks(model, 2) == ({0}, {0})
+    assert not model.model.embed_tokens.weight.requires_grad
+
+
+def test_a_list_inside_a_block_is_not_taken_for_the_blocks(gpt2):
+    """Five experts in each of three blocks, the longest list of the model; and three, as many as there are blocks."""
+    for experts in (5, 3):
+        for block in gpt2.transformer.h:
+            block.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(experts))
+        assert blocks(gpt2) is gpt2.transformer.h
+        freeze(gpt2, 2)
+        assert frozen_blocks(gpt2, 2) == ({0, 1}, {0, 1})
+
+
+def test_a_model_whose_blocks_cannot_be_told_is_refused_with_its_lists(gpt2):
+    gpt2.config.n_layer = 4
+    with pytest.raises(
+        ModelError, match=r"has 4 layers by its configuration, but .* are transformer\.h \(3\): which are"
+    ):
+        freeze(gpt2, 1)
+    gpt2.config.n_layer = 3
+    gpt2.other = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    with pytest.raises(ModelError, match=r"has 3 layers .* are transformer\.h \(3\), other \(3\): which are"):
+        freeze(gpt2, 1)
+    gpt2.other = gpt2.other[:2]
+    assert blocks(gpt2) is gpt2.transformer.h, "another list, of another length, is no doubt"
+    plain, gpt2.config = gpt2.config, SimpleNamespace()  # as of a model whose parts have a configuration each
+    with pytest.raises(ModelError, match=r"has no number of layers by its configuration, but .* transformer\.h \(3\)"):
+        freeze(gpt2, 1)
+    gpt2.config, gpt2.transformer.h = plain, torch.nn.Sequential(*gpt2.transformer.h)
+    gpt2.other = None
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has 3 layers .* are none: which are"):
+        freeze(gpt2, 1)
 
 
 def test_too_many_blocks(gpt2):
@@ -159,7 +209,7 @@ def test_a_short_revision_is_refused():
 
 
 def test_offline_hub_model_is_one_clear_error():
-    with pytest.raises(ModelError, match=r"cannot load model 'openai-community/gpt2'.*--profile mini"):
+    with pytest.raises(ModelError, match=r"cannot get model 'openai-community/gpt2'.*--profile mini"):
         load_model(load_settings("gpt2"))
 
 

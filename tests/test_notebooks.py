@@ -9,13 +9,14 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from dpo_helpers.course import execute, join_prints
+from dpo_helpers.run.course import execute, join_prints, notebooks_in
 
 NAMES = (
     "01_data", "02_reference", "03_sft", "04_dpo_loss_derivation", "05_dpo_training", "06_beta_sweep", "07_generations",
 )  # fmt: skip
-PATHS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NAMES]
-each = pytest.mark.parametrize("path", PATHS, ids=NAMES)
+SEVEN = [ROOT / "notebooks" / f"{name}.ipynb" for name in NAMES]
+PATHS = notebooks_in(ROOT / "notebooks", beyond=True)
+each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 
 
 def cells(path, kind="code"):
@@ -24,7 +25,25 @@ def cells(path, kind="code"):
 
 def test_the_seven_are_there_and_no_other():
     found = sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
-    assert found == [*(p.name for p in PATHS), "_template.ipynb"]
+    assert found == [*(p.name for p in SEVEN), "_template.ipynb"]
+    assert notebooks_in(ROOT / "notebooks", beyond=False) == SEVEN
+
+
+def test_the_course_runs_the_optional_ones_last_and_only_when_asked(tmp_path):
+    for name in (
+        "beyond/b_two.ipynb",
+        "02_two.ipynb",
+        "beyond/a_one.ipynb",
+        "01_one.ipynb",
+        "_template.ipynb",
+        "x.ipynb",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    seven = ["01_one.ipynb", "02_two.ipynb"]
+    for beyond, expected in ((False, seven), (True, [*seven, "beyond/a_one.ipynb", "beyond/b_two.ipynb"])):
+        found = notebooks_in(tmp_path, beyond=beyond)
+        assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
 
 
 @each
@@ -67,6 +86,11 @@ def test_cells_are_short_and_prose_surrounds_them(path):
     assert any("## What you have done" in cell.source for cell in prose)
 
 
+@pytest.mark.parametrize("path", SEVEN, ids=NAMES)
+def test_each_of_the_seven_has_3300_words_at_most(path):
+    assert sum(len(cell.source.split()) for cell in cells(path, "markdown")) <= 3300
+
+
 @each
 def test_no_trace_of_a_machine_or_a_secret(path):
     text = path.read_text(encoding="utf-8")
@@ -86,8 +110,8 @@ def test_profiles_differ_by_nothing_but_the_constant():
 CTRL_C = """
 import nbformat, sys
 from pathlib import Path
-from dpo_helpers.course import execute
-from dpo_helpers.interrupts import Interrupted
+from dpo_helpers.run.course import execute
+from dpo_helpers.run.signals import Interrupted
 # in short sleeps: a signal that comes just before a sleep begins does not wake it
 cell = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); [time.sleep(0.1) for _ in range(600)]"
 notebook = nbformat.v4.new_notebook(
@@ -107,7 +131,9 @@ except Interrupted as stop:
 def test_a_signal_reaches_the_running_cell_and_ends_the_course_with_a_word(tmp_path):
     """The cell asks for it itself: it terminates the process that executes the notebook."""
     result = subprocess.run([sys.executable, "-c", CTRL_C], cwd=tmp_path, capture_output=True, text=True, timeout=50)
-    assert result.stdout == "15 slow.ipynb, code cell 2: run the same again to go on; finished steps are kept\n", result
+    assert result.stdout == "15 slow.ipynb, code cell 2: run the same again to go on; finished stages are kept\n", (
+        result
+    )
     assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept"
 
 

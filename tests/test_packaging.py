@@ -1,5 +1,8 @@
 """The install files agree with each other. What is pinned, and to what: faults/test_supply.py."""
 
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -51,9 +54,27 @@ def test_no_functions_or_modules_that_need_scrolling():
 def test_every_data_file_of_the_package_is_installed_with_it():
     """An editable install finds files that a wheel, as on Colab, would lack: each must be named as package data."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    patterns = tool["setuptools"]["package-data"]["dpo_helpers"]
-    package = ROOT / "dpo_helpers"
-    named = {path for pattern in patterns for path in package.glob(pattern)}
-    data = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    patterns = [
+        (ROOT / package.replace(".", "/"), pattern)
+        for package, listed in tool["setuptools"]["package-data"].items()
+        for pattern in listed
+    ]
+    assert all((folder / "__init__.py").is_file() for folder, _ in patterns)
+    named = {path for folder, pattern in patterns for path in folder.glob(pattern)}
+    data = {p for p in (ROOT / "dpo_helpers").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert data == named
     assert {p.name for p in data} >= {"topics.txt", "model.safetensors", "tokenizer.json", "results.schema.json"}
+
+
+IMPORTED = (
+    "import dpo_helpers, json, os, sys; print(json.dumps([os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules]))"
+)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_leave_the_core_to_others_unless_told_otherwise(given, expected):
+    """OpenMP reads it when torch is loaded: the package's import sets it, loads no torch, and overrides nobody."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", IMPORTED], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert json.loads(done.stdout) == [expected, False]

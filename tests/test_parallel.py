@@ -12,12 +12,13 @@ from ddp_worker import PLAN, run
 from typer.testing import CliRunner
 
 from conftest import ROOT, SMALL
-from dpo_helpers import parallel
 from dpo_helpers.cli import app
 from dpo_helpers.errors import SettingsError
-from dpo_helpers.runs import read_jsonl
+from dpo_helpers.run import processes
+from dpo_helpers.run.artefacts import read_jsonl
+from dpo_helpers.run.machine import pick_compute
+from dpo_helpers.run.stages import get_dpo
 from dpo_helpers.settings import load_settings
-from dpo_helpers.steps import get_dpo
 from dpo_helpers.tokens import batch_order
 
 
@@ -98,7 +99,7 @@ def as_rank(monkeypatch, rank, of):
 
     monkeypatch.setenv("WORLD_SIZE", str(of))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr(parallel, "_state", State)
+    monkeypatch.setattr(processes, "_state", State)
 
 
 def test_shares_are_a_partition(monkeypatch):
@@ -106,24 +107,56 @@ def test_shares_are_a_partition(monkeypatch):
     shares = []
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
-        shares.append([parallel.share(at) for at in batches])
+        shares.append([processes.share(at) for at in batches])
     for at, parts in zip(batches, zip(*shares, strict=True), strict=True):
         assert sorted(i for part in parts for i in part) == sorted(at)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_gpu_each(monkeypatch):
-    assert parallel.local_device("cuda") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert pick_compute("cuda").device == torch.device("cuda")
     as_rank(monkeypatch, 1, 2)
-    assert parallel.local_device("cuda") == torch.device("cuda", 1)
-    assert parallel.local_device("cpu") == torch.device("cpu")
+    assert pick_compute("cuda").device == torch.device("cuda", 1)
+    assert pick_compute("cpu").device == torch.device("cpu")
+    with pytest.raises(SettingsError, match="device is 'cuda:0', but 2 processes cannot share it: use cuda"):
+        pick_compute("cuda:0")
+
+
+def test_a_parameter_without_a_gradient_takes_part_in_the_sum(monkeypatch):
+    """A process without a share of the batch has no gradient; what the other one has of it must reach its weights.
+
+    Three parameters of 2, 2 and 1 numbers; here the second has none. The other process has 10, 20, 30, 40, 50.
+    """
+    as_rank(monkeypatch, 0, 2)
+    sent = []
+
+    def with_the_other(values):
+        sent.append(values.tolist())
+        return values + torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0])
+
+    monkeypatch.setattr(processes, "total", with_the_other)
+    first, second, third = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (1, 2), (1,)))
+    first.grad, third.grad = torch.tensor([1.0, 2.0]), torch.tensor([5.0])
+    processes.add_up_gradients([first, second, third])
+    assert sent == [[1.0, 2.0, 0.0, 0.0, 5.0]]
+    assert [p.grad.tolist() for p in (first, second, third)] == [[11.0, 22.0], [[30.0, 40.0]], [55.0]]
+
+
+def test_one_process_leaves_its_gradients_alone():
+    with_one, without = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    with_one.grad = torch.tensor([3.0])
+    processes.add_up_gradients([with_one, without])
+    assert (with_one.grad.tolist(), without.grad) == ([3.0], None)
 
 
 def test_a_world_size_without_a_rank_is_no_launch(monkeypatch):
     """Some container images set WORLD_SIZE for everybody."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert parallel.processes() == 1
+    assert processes.count() == 1
 
 
 @pytest.mark.parametrize("command", ["report", "generate", "all", "course"])
@@ -134,4 +167,4 @@ def test_what_only_one_process_can_do_says_so(monkeypatch, tmp_path, command):
     assert result.exit_code == 2
     assert f"{command} runs in one process, but 2 were started" in result.output
     with pytest.raises(SettingsError):
-        parallel.require_one(command)
+        processes.require_one(command)

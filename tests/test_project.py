@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from conftest import SMALL
-from dpo_helpers import project, steps
 from dpo_helpers.errors import SettingsError
-from dpo_helpers.evaluation import PairScores
 from dpo_helpers.hh import Pair
-from dpo_helpers.project import CONCLUDE, Measure, ProjectReport, flipped, run_project, verdict
+from dpo_helpers.lesson import project
+from dpo_helpers.lesson.project import CONCLUDE, Measure, ProjectReport, flipped, run_project, verdict
+from dpo_helpers.logprobs import PairScores
+from dpo_helpers.run import measures, stages
+from dpo_helpers.run.artefacts import Artefact, as_model
+from dpo_helpers.run.disk import load_manifest
+from dpo_helpers.run.machine import compute_of
+from dpo_helpers.run.pairs import PairData
+from dpo_helpers.run.trained import Data, score_part
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import PairData
-from dpo_helpers.stages import Data
 from dpo_helpers.tokens import EncodedPair
 from dpo_helpers.uncertainty import Interval
 
@@ -32,11 +36,15 @@ def contents(folder):
     }
 
 
+def opened(name, folder):
+    return as_model(name, Artefact(folder, manifest=load_manifest(folder)))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small main run, what its files were, and a project on it."""
     settings = load_settings("mini", runs_dir=str(tmp_path_factory.mktemp("runs")), **QUICK)
-    steps.get_evaluation(settings, steps.get_dpo(settings))
+    measures.get_evaluation(settings, stages.get_dpo(settings))
     before = contents(settings.run_dir)
     report = run_project(settings, {"max_pairs": 12}, prediction=HOSTILE, because="b")
     return settings, before, report
@@ -56,8 +64,8 @@ def test_what_was_measured_is_of_these_two_models(run):
     """Means agree with the evaluations of both, and the differences are those of the means."""
     settings, _, report = run
     home = replace(settings, runs_dir=str(report.folder.parent))
-    main = steps.get_evaluation(settings, steps.get_dpo(settings))
-    changed = steps.get_evaluation(home, steps.open_stage("changed", report.folder / "changed"))
+    main = measures.get_evaluation(settings, stages.get_dpo(settings))
+    changed = measures.get_evaluation(home, opened("changed", report.folder / "changed"))
     assert list(report.measures) == ["reward_accuracy", "reward_margin", "kl", "true_reward", "length", "ended"]
     for key, measure in report.measures.items():
         for got, evaluation in ((measure.main, main), (measure.changed, changed)):
@@ -98,7 +106,7 @@ def test_a_second_time_nothing_is_trained_and_the_conclusion_stays(run, monkeypa
     text = report.path.read_text(encoding="utf-8")
     report.path.write_text(text.replace(project.YOURS, "I was wrong.\n\n## Why\n\nToo few."), encoding="utf-8")
     made = contents(report.folder / "changed")
-    monkeypatch.setattr("dpo_helpers.stages.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("dpo_helpers.run.trained.train", lambda *a, **k: pytest.fail("trained again"))
     again = run_project(settings, {"max_pairs": 12}, prediction="Another one.", because="b")
     assert again.measures == report.measures
     assert contents(report.folder / "changed") == made
@@ -118,14 +126,14 @@ def test_a_main_run_of_other_settings_is_left_alone_too(run, capsys):
     report = run_project(hotter, {"batch_size": 12}, **SAY)
     assert contents(settings.run_dir) == before
     assert (
-        "dpo: made anew, the earlier one is set aside (plan.learning_rate: 0.0005 → 0.002)" in capsys.readouterr().out
+        "dpo: made again, the earlier one is set aside (plan.learning_rate: 0.0005 → 0.002)" in capsys.readouterr().out
     )
     assert (report.folder / "dpo.old-1").is_dir()
 
 
 def test_a_damaged_main_run_is_not_copied_and_not_mended(tmp_path, capsys):
     small = load_settings("mini", runs_dir=str(tmp_path), **QUICK)
-    steps.get_base(small)
+    stages.get_base(small)
     weights = small.run_dir / "reference/model.safetensors"
     bad = bytearray(weights.read_bytes())
     bad[-5] ^= 1
@@ -137,7 +145,7 @@ def test_a_damaged_main_run_is_not_copied_and_not_mended(tmp_path, capsys):
         "model.safetensors is damaged: its sha256 is not the manifest's; the project makes its own"
         in capsys.readouterr().out
     )
-    assert steps.open_stage("changed", report.folder / "changed").manifest["made_from"]["beta"] == 0.5
+    assert opened("changed", report.folder / "changed").manifest["made_from"]["beta"] == 0.5
 
 
 CHANGED = {
@@ -150,9 +158,7 @@ def test_only_the_change_differs_between_the_two_trainings(run, name):
     settings, before, _ = run
     value, key, expected = CHANGED[name]
     report = run_project(settings, {name: value}, **SAY)
-    main, changed = (
-        steps.open_stage(stage, report.folder / stage).manifest["made_from"] for stage in ("dpo", "changed")
-    )
+    main, changed = (opened(stage, report.folder / stage).manifest["made_from"] for stage in ("dpo", "changed"))
     main.pop("curve")  # the changed model is not measured on its way
     assert project_changes(main, changed) == {key: expected}
     assert contents(settings.run_dir) == before
@@ -254,17 +260,14 @@ def test_flipped_pairs_are_trained_on_as_flipped(tmp_path):
     """With all labels flipped, training moves the margin of the training pairs the other way."""
     small = load_settings("mini", runs_dir=str(tmp_path), **QUICK)
     report = run_project(replace(small, epochs=4), {"flip_labels": 1.0}, **SAY)
-    rows = {name: steps.open_stage(name, report.folder / name).metrics for name in ("dpo", "changed")}
+    rows = {name: opened(name, report.folder / name).metrics for name in ("dpo", "changed")}
     assert rows["changed"][-1]["reward_margin"] > 0, "the flipped pairs are learned as they were given"
     home = replace(small, epochs=4, runs_dir=str(report.folder.parent))
-    data, reference = steps.get_data(home), steps.get_reference(home)
-    main, changed = (steps.open_stage(name, report.folder / name).load() for name in ("dpo", "changed"))
+    data, reference = stages.get_data(home), stages.get_reference(home)
+    main, changed = (opened(name, report.folder / name).load() for name in ("dpo", "changed"))
 
     def margin(model):
-        from dpo_helpers.evaluation import score_pairs
-
-        scores = score_pairs(model, data.train, steps.compute_of(home), pad_id=data.pad_id)
-        start = reference.scores("train")
+        scores, start = score_part(home, data, model.to(compute_of(home).device), "train"), reference.scores("train")
         return ((scores.chosen - start.chosen) - (scores.rejected - start.rejected)).mean().item()
 
     assert margin(main) > 0 > margin(changed)
@@ -310,7 +313,7 @@ def test_the_report_word_for_word(tmp_path):
         "## What was measured\n\nMeans ± one standard error. Differences are paired, with 95 % bootstrap intervals.\n\n"
         "| measure | main | changed | changed − main [95 %] |\n| --- | --- | --- | --- |\n"
         "| reward accuracy, held-out pairs | 0.840 ± 0.017 | 0.773 ± 0.019 | -0.067 [-0.100, -0.031] |\n"
-        "| KL(π_θ‖π_ref), nats a response | 1.500 ± 0.040 | 1.000 ± 0.050 | – (another β is another scale) |\n\n"
+        "| KL(π_θ‖π_ref), nats per response | 1.500 ± 0.040 | 1.000 ± 0.050 | – (another β is another scale) |\n\n"
         "## What the intervals allow\n\nLower than the main run: reward accuracy.\n\n"
         f"{project.LIMITS}\n\n## How it was made\n\n- profile: `mini`\n- prompts: `4`\n\n"
         f"## What I conclude\n\n{project.YOURS}\n"

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from dpo_helpers.errors import CourseError, DataError
-from dpo_helpers.mini import preference_rows
+from dpo_helpers.run.pairs import data_identity, load_pairs
+from dpo_helpers.run.sources import source_of
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import data_identity, load_pairs
+from dpo_helpers.worlds.embedded import preference_rows
 
 ROWS = preference_rows("train", 60)
 
@@ -94,6 +95,29 @@ def test_bad_files_name_file_and_row(tmp_path, content, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"no\.jsonl: no such file; give --dataset"):
         load_pairs(settings(tmp_path / "no.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "label"),
+    [
+        ("embedded", "embedded", "embedded"), ("openai-community/gpt2", "hub", "openai-community/gpt2"), ("gpt2", "hub", "gpt2"),
+        ("here", "folder", "here"), ("here/inside", "folder", "inside"), ("here/a.safetensors", "file", "a.safetensors"),
+        ("gone/d.jsonl", "file", "d.jsonl"), ("gone.jsonl.gz", "file", "gone.jsonl.gz"), ("gone/M.GGUF", "file", "M.GGUF"),
+        ("gone/model.bin", "file", "model.bin"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["model", "dataset"])
+def test_a_name_says_where_it_comes_from_and_the_label_no_more_than_that(
+    tmp_path, monkeypatch, what, name, kind, label
+):
+    """What is there goes first; what ends like a file is meant as one, also where there is none."""
+    (tmp_path / "here/inside").mkdir(parents=True)
+    (tmp_path / "here/a.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    revision = "0123456789" * 4
+    found = source_of(load_settings("mini", **{what: name, f"{what}_revision": revision}), what)
+    assert (found.kind, found.label, found.name) == (kind, label, name)
+    assert found.commit() == (revision if kind == "hub" else None)
 
 
 def test_identity_follows_the_content(tmp_path):

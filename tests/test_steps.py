@@ -1,4 +1,4 @@
-"""The steps on a small run: artefacts are made once, used again, remade when what they came from changed."""
+"""The stages on a small run: artefacts are made once, used again, remade when what they came from changed."""
 
 import json
 from dataclasses import replace
@@ -9,35 +9,38 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
-from dpo_helpers import architectures, stages, steps
+from dpo_helpers import tokens
 from dpo_helpers.errors import ArtefactError
+from dpo_helpers.fast import architectures
+from dpo_helpers.fast.store import TrunkStore
 from dpo_helpers.models import weights_hash
-from dpo_helpers.report import check_results, make_report, results_schema
-from dpo_helpers.store import TrunkStore
+from dpo_helpers.run import measures, outputs, stages, trained
+from dpo_helpers.run.report import check_results, make_report, results_schema
+from dpo_helpers.uncertainty import mean_and_error
 
 
 def mtimes(folder):
     return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_step_is_loaded_the_second_time(small, capsys):
-    first = steps.get_dpo(small)
+def test_a_stage_is_loaded_the_second_time(small, capsys):
+    first = stages.get_dpo(small)
     before = mtimes(small.run_dir)
-    again = steps.get_dpo(small)
+    again = stages.get_dpo(small)
     assert {k: v for k, v in mtimes(small.run_dir).items() if k in before} == before
     assert again.weights_sha256 == first.weights_sha256
-    assert "made anew" not in capsys.readouterr().out
+    assert "made again" not in capsys.readouterr().out
 
 
-def test_each_step_makes_what_it_needs(small):
-    """Opened alone, the last step has everything before it made."""
-    steps.get_generations(small)
+def test_each_stage_makes_what_it_needs(small):
+    """Opened alone, the last stage has everything before it made."""
+    outputs.get_generations(small)
     made = {p.name for p in small.run_dir.iterdir() if not p.name.startswith(".")}
     assert made == {"data", "reference", "sft", "dpo", "generations"}
 
 
 def test_step_0_rewards_and_an_unmoved_reference(small):
-    reference, dpo = steps.get_reference(small), steps.get_dpo(small)
+    reference, dpo = stages.get_reference(small), stages.get_dpo(small)
     first = dpo.metrics[0]
     assert (first["step"], first["split"]) == (0, "held_out")
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -51,42 +54,81 @@ def test_step_0_rewards_and_an_unmoved_reference(small):
 
 
 def test_a_changed_setting_remakes_and_keeps_the_old(small, capsys):
-    first = steps.get_dpo(small)
+    first = stages.get_dpo(small)
     changed = replace(small, learning_rate=2e-3)
-    second = steps.get_dpo(changed)
+    second = stages.get_dpo(changed)
     assert second.weights_sha256 != first.weights_sha256
     out = capsys.readouterr().out
-    assert "dpo: made anew, the earlier one is set aside" in out
+    assert "dpo: made again, the earlier one is set aside" in out
     assert "plan.learning_rate: 0.0005 → 0.002" in out
     old = json.loads((small.run_dir / "dpo.old-1/manifest.json").read_text())
     assert old["about"]["weights_sha256"] == first.weights_sha256
     assert "reference" not in out, "the reference does not depend on the learning rate"
 
 
-def test_a_damaged_artefact_is_named_and_made_anew(small, capsys):
-    good = steps.get_base(small).weights_sha256
+def test_a_damaged_artefact_is_named_and_made_again(small, capsys):
+    good = stages.get_base(small).weights_sha256
     weights = small.run_dir / "reference/model.safetensors"
     bad = bytearray(weights.read_bytes())
     bad[-5] ^= 1
     weights.write_bytes(bad)
-    assert steps.get_base(small).weights_sha256 == good
+    assert stages.get_base(small).weights_sha256 == good
     out = capsys.readouterr().out
     assert "model.safetensors is damaged" in out
     assert (small.run_dir / "reference.old-1").is_dir()
 
 
+def test_data_is_tokenised_once(small, tokenizer, monkeypatch):
+    """The ids are kept beside the texts: neither a second call nor another process asks the tokenizer again."""
+    calls, encode = [], tokens.encode_texts
+
+    def counting(tokenizer, texts):
+        calls.append(len(texts))
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(tokens, "encode_texts", counting)
+    first = stages.get_data(small)
+    assert sum(calls) == 3 * (24 + 12), "prompt, chosen and rejected of each pair"
+    calls.clear()
+    again = stages.get_data(small)
+    stages._tokenizer.cache_clear()  # as in a new process
+    stages._read_data.cache_clear()
+    later = stages.get_data(small)
+    assert calls == []
+    lengths = {"max_length": small.max_length, "max_prompt_length": small.max_prompt_length}
+    for data in (first, again, later):
+        for part in ("train", "held_out"):
+            assert getattr(data, part) == list(tokens.encode_pairs(tokenizer, getattr(data.pairs, part), **lengths))
+
+
+def test_values_are_those_that_an_evaluation_averages(small, monkeypatch):
+    """Per pair and per response, the KL among them: it is stored, not computed again."""
+    model = stages.get_dpo(small)
+    metrics = measures.get_evaluation(small, model).metrics
+    monkeypatch.setattr("dpo_helpers.run.sampled.response_kls", lambda *a, **k: pytest.fail("computed again"))
+    values = measures.get_values(small, model)
+    per_response = {"kl", "k1", "k3", "length", "ended", "true_reward"}
+    per_pair = {"loss", "chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy", "chosen_logratio"}
+    assert {key: len(value) for key, value in values.items()} == dict.fromkeys(per_response, 4) | dict.fromkeys(
+        per_pair, 12
+    )
+    assert values["kl"].std() > 0
+    for key, value in values.items():
+        assert mean_and_error(value) == pytest.approx((metrics[key], metrics[f"{key}_se"]), rel=1e-6, abs=1e-7), key
+
+
 def test_init_from_sft_starts_both_models_there(small):
     """The paper's variant: π_ref is the SFT model, so at step 0 loss is ln 2 against it."""
     settings = replace(small, init_from="sft")
-    sft, dpo = steps.get_sft(settings), steps.get_dpo(settings)
-    assert steps.get_reference(settings).weights_sha256 == sft.weights_sha256
+    sft, dpo = stages.get_sft(settings), stages.get_dpo(settings)
+    assert stages.get_reference(settings).weights_sha256 == sft.weights_sha256
     assert dpo.manifest["made_from"]["reference"] == sft.weights_sha256
     assert dpo.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert steps.get_evaluation(settings, sft).metrics["kl"] == 0.0
+    assert measures.get_evaluation(settings, sft).metrics["kl"] == 0.0
 
 
 def test_a_sweep_shares_the_main_run_and_names_the_rest(small):
-    sweep = steps.get_sweep(small)
+    sweep = stages.get_sweep(small)
     assert sweep[0.5].folder == small.run_dir / "dpo"
     assert sweep[5.0].folder == small.run_dir / "sweep/beta-5"
     assert sweep[5.0].manifest["made_from"]["reference"] == sweep[0.5].manifest["made_from"]["reference"]
@@ -95,7 +137,7 @@ def test_a_sweep_shares_the_main_run_and_names_the_rest(small):
 def test_an_unwritable_folder_is_one_clear_error(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtefactError, match="use another --runs-dir"):
-        steps.get_data(replace(small, runs_dir=str(tmp_path / "file")))
+        stages.get_data(replace(small, runs_dir=str(tmp_path / "file")))
 
 
 @pytest.mark.slow
@@ -129,15 +171,15 @@ def test_report_and_final_model(small):
     assert page.count("– (all tie)") == 1, "the reference against itself has no accuracy"
     assert results["models"]["dpo"]["weights_sha256"] in page
 
-    final = steps.get_final_model(small)
+    final = outputs.get_final_model(small)
     assert final.name == "dpo_gpt2_model_final"
     card = ModelCard.load(final / "README.md")
     assert card.data.to_dict()["license"] == "mit"
     assert "β = 0.5, loss sigmoid, rmsprop" in card.text
-    assert steps.get_dpo(small).weights_sha256 in card.text
+    assert stages.get_dpo(small).weights_sha256 in card.text
     assert str(small.run_dir.parent) not in card.text
     model = GPT2LMHeadModel.from_pretrained(final)
-    assert weights_hash(model) == steps.get_dpo(small).weights_sha256
+    assert weights_hash(model) == stages.get_dpo(small).weights_sha256
 
 
 def test_the_schema_refuses_what_it_does_not_know_and_names_it():
@@ -147,11 +189,13 @@ def test_the_schema_refuses_what_it_does_not_know_and_names_it():
 
 
 def test_a_model_card_gives_no_local_path_and_renders_no_hostile_name(small, tmp_path):
-    from dpo_helpers.card import model_card
     from dpo_helpers.evaluation import Evaluation
+    from dpo_helpers.run.card import model_card
 
     (tmp_path / "my-model").mkdir()
-    evaluation = {name: Evaluation(name, 0.5, {"kl": 0.1, "kl_se": 0.01}, []) for name in ("reference", "sft", "dpo")}
+    evaluation = {
+        name: Evaluation(name, 0.5, {"kl": 0.1, "kl_se": 0.01}, [], {}) for name in ("reference", "sft", "dpo")
+    }
     local = replace(small, model=str(tmp_path / "my-model"), dataset=str(tmp_path))
     text = model_card(local, evaluation, "x`<img src=x>`\x1b[31m", "0" * 64)
     assert str(tmp_path) not in text
@@ -173,20 +217,20 @@ def test_the_frozen_blocks_run_once_for_all_stages(small, monkeypatch):
         put(store, pair, rows)
 
     monkeypatch.setattr(TrunkStore, "put", counting)
-    monkeypatch.setattr(stages, "_FAST", {})
-    steps.get_sft(small)
-    steps.get_sweep(small)
-    data = steps.get_data(small)
+    monkeypatch.setattr(trained, "_FAST", {})
+    stages.get_sft(small)
+    stages.get_sweep(small)
+    data = stages.get_data(small)
     assert len(kept) == len(set(kept)) == len(data.train) + len(data.held_out)
 
 
 def test_a_model_of_another_family_takes_the_plain_path_and_says_so_once(small, monkeypatch, capsys):
-    monkeypatch.setattr(stages, "_FAST", {})
-    stages._say_plain.cache_clear()
-    expected = steps.get_dpo(small)
+    monkeypatch.setattr(trained, "_FAST", {})
+    trained._say_plain.cache_clear()
+    expected = stages.get_dpo(small)
     monkeypatch.setattr(architectures, "FAMILIES", {})
     other = replace(small, runs_dir=str(small.run_dir / "plain"))
-    plain = steps.get_dpo(other)
+    plain = stages.get_dpo(other)
     assert capsys.readouterr().out.count("model type gpt2: the plain path is used") == 1
     losses = [[row["loss"] for row in stage.metrics if row["split"] == "train"] for stage in (expected, plain)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
@@ -194,9 +238,9 @@ def test_a_model_of_another_family_takes_the_plain_path_and_says_so_once(small, 
 
 def test_trainable_embeddings_take_the_plain_path(small, monkeypatch, capsys):
     """The other reading of "8 blocks frozen": their gradient must not be lost."""
-    stages._say_plain.cache_clear()
+    trained._say_plain.cache_clear()
     free = replace(small, freeze_embeddings=False)
-    stage = steps.get_dpo(free)
+    stage = stages.get_dpo(free)
     assert "the embeddings train: the plain path" in capsys.readouterr().out
-    moved, start = stage.load().state_dict(), steps.get_reference(free).load().state_dict()
+    moved, start = stage.load().state_dict(), stages.get_reference(free).load().state_dict()
     assert not torch.equal(moved["transformer.wte.weight"], start["transformer.wte.weight"])

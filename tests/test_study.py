@@ -2,8 +2,8 @@
 
 import pytest
 
-from dpo_helpers import figures, study
 from dpo_helpers.evaluation import Evaluation
+from dpo_helpers.show import figures, study
 
 
 def evaluation(beta, logratio, kl, **more):
@@ -14,7 +14,7 @@ def evaluation(beta, logratio, kl, **more):
         "kl_se": 0.1,
         "chosen_logratio_se": 0.2,
     }
-    return Evaluation("x", beta, metrics | more, [])
+    return Evaluation("x", beta, metrics | more, [], {})
 
 
 def test_the_published_rewards_are_beta_times_the_published_kl():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dpo_helpers import tabular
 from dpo_helpers.errors import SettingsError
+from dpo_helpers.worlds import tabular
 
 BETAS = (0.1, 0.5, 1.0, 5.0)
 

@@ -6,16 +6,21 @@ import pytest
 import torch
 
 from conftest import tiny_gpt2
+from dpo_helpers import training
 from dpo_helpers.errors import TrainingError
 from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.logprobs import PairScores, PlainScorer
 from dpo_helpers.models import freeze, weights_hash
+from dpo_helpers.run.checkpoints import Checkpoints
+from dpo_helpers.run.gradients import InParts
+from dpo_helpers.run.watch import RunWatch
 from dpo_helpers.tokens import EncodedPair
 from dpo_helpers.training import (
     DPOObjective,
+    SFTObjective,
     TrainPlan,
     make_optimizer,
     rate_factor,
-    sft_objective,
     train,
     warmup_factor,
 )
@@ -40,14 +45,32 @@ def plan(**changes):
     return TrainPlan(**{**vars(PLAN), **changes})
 
 
-def run(compute, objective_of=None, data=None, seed=0, **changes):
-    """Train a tiny policy against its own start; returns (policy, rows)."""
+def scored(model, data, compute, scorer=None, **how):
+    """Log-probabilities of pairs under a model, by default on the plain path."""
+    return score_pairs(model, data, scorer or PlainScorer(data, 0), compute, **how)
+
+
+def sft(data):
+    return SFTObjective(torch.tensor([len(pair.chosen) for pair in data]))
+
+
+def lengths(data):
+    return [torch.tensor([len(getattr(pair, side)) for pair in data]) for side in ("chosen", "rejected")]
+
+
+def train_in_parts(policy, data, objective, plan, compute, scorer=None, watch=None):
+    """`training.train` as the course's runs call it: the gradient in parts, by default on the plain path."""
+    parts = InParts(plan.micro_batch_size, compute, [p for p in policy.parameters() if p.requires_grad])
+    return train(policy, data, scorer or PlainScorer(data, 0), objective, plan, compute, gradient=parts, watch=watch)
+
+
+def run(compute, objective=None, data=None, seed=0, scorer=None, watch=None, **changes):
+    """Train a tiny policy, by default with DPO against its own start; returns (policy, rows)."""
     data = data or pairs()
     policy = tiny_gpt2(seed)
     freeze(policy, 1)
-    scores = score_pairs(policy, data, compute, pad_id=0)
-    objective = objective_of or DPOObjective(scores.chosen, scores.rejected, 0.5)
-    return policy, train(policy, data, objective, plan(**changes), compute, pad_id=0)
+    objective = objective or DPOObjective(scored(policy, data, compute), 0.5)
+    return policy, train_in_parts(policy, data, objective, plan(**changes), compute, scorer, watch)
 
 
 def test_warmup_literals():
@@ -87,9 +110,9 @@ def test_the_first_batch_has_loss_ln_2_and_no_reward(cpu):
 def test_dropout_is_off_even_if_the_model_comes_in_training_mode(cpu):
     data = pairs()
     policy = tiny_gpt2()
-    scores = score_pairs(policy, data, cpu, pad_id=0)
+    objective = DPOObjective(scored(policy, data, cpu), 0.5)
     policy.train()
-    rows = train(policy, data, DPOObjective(scores.chosen, scores.rejected, 0.5), PLAN, cpu, pad_id=0)
+    rows = train(policy, data, PlainScorer(data, 0), objective, PLAN, cpu)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -103,7 +126,7 @@ def test_swapped_sides_teach_the_opposite(cpu):
     data = pairs()
     swapped = [EncodedPair(p.prompt, p.rejected, p.chosen, p.index) for p in data]
     policy, _ = run(cpu, data=swapped, epochs=20)
-    before, after = score_pairs(tiny_gpt2(), data, cpu, pad_id=0), score_pairs(policy, data, cpu, pad_id=0)
+    before, after = scored(tiny_gpt2(), data, cpu), scored(policy, data, cpu)
     assert ((after.chosen - before.chosen) < (after.rejected - before.rejected)).all()
 
 
@@ -131,34 +154,43 @@ def test_micro_batches_give_the_same_run(cpu, monkeypatch):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
+def test_the_whole_batch_at_once_is_the_same_run(cpu, monkeypatch):
+    """`train` as the notebook calls it, without a way of its own to make the gradient, against parts of 3 of 4 pairs."""
+    monkeypatch.setattr("dpo_helpers.training.make_optimizer", lambda _, p, rate: torch.optim.SGD(p, lr=10 * rate))
+    _, parts = run(cpu, micro_batch_size=3)
+    data, policy = pairs(), tiny_gpt2()
+    freeze(policy, 1)
+    whole = train(policy, data, PlainScorer(data, 0), DPOObjective(scored(policy, data, cpu), 0.5), PLAN, cpu)
+    assert [sorted(row) for row in whole] == [sorted(row) for row in parts]
+    for key in ("loss", "chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy", "grad_norm"):
+        assert [row[key] for row in whole] == pytest.approx([row[key] for row in parts], abs=1e-4, rel=1e-3), key
+    for key in ("step", "epoch", "split", "learning_rate", "pairs"):
+        assert [row[key] for row in whole] == [row[key] for row in parts], key
+
+
 def test_same_settings_twice_are_bit_equal_and_another_seed_is_not(cpu):
     first, rows = run(cpu)
     torch.manual_seed(99)
     second, other = run(cpu)
     assert weights_hash(first) == weights_hash(second)
     assert [r["loss"] for r in rows] == [r["loss"] for r in other]
-    assert weights_hash(run(cpu, seed=0, **{"batch_size": 3})[0]) != weights_hash(first)
+    assert weights_hash(run(cpu, batch_size=3)[0]) != weights_hash(first)
 
 
-def test_gradients_are_clipped(cpu):
+def test_gradients_are_clipped(cpu, monkeypatch):
     """After clipping no gradient is longer than max_grad_norm; the logged norm is the one before."""
-    norm = 1e-3
-    data = pairs()
-    policy = tiny_gpt2()
-    seen = []
-    objective = DPOObjective(torch.zeros(10), torch.zeros(10), 5.0)
-    hook = torch.nn.utils.clip_grad_norm_
+    norm, seen, clip = 1e-3, [], training.clip_grad_norm_
 
     def spy(parameters, max_norm):
-        total = hook(parameters, max_norm)
+        total = clip(parameters, max_norm)
         seen.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
         return total
 
-    torch.nn.utils.clip_grad_norm_ = spy
-    try:
-        rows = train(policy, data, objective, plan(max_grad_norm=norm), cpu, pad_id=0)
-    finally:
-        torch.nn.utils.clip_grad_norm_ = hook
+    monkeypatch.setattr(training, "clip_grad_norm_", spy)
+    data = pairs()
+    no_reference = PairScores(torch.zeros(10), torch.zeros(10), *lengths(data))
+    rows = train_in_parts(tiny_gpt2(), data, DPOObjective(no_reference, 5.0), plan(max_grad_norm=norm), cpu)
+    assert len(seen) == len(rows) == 6
     assert max(seen) <= norm * 1.001
     assert rows[0]["grad_norm"] > 10 * norm
 
@@ -167,29 +199,28 @@ def test_sft_runs_on_chosen_rows_only(cpu):
     """Other tokens in every rejected response leave an SFT run bit-equal; its loss falls."""
     data = pairs()
     other = [EncodedPair(p.prompt, p.chosen, [49 for _ in p.rejected], p.index) for p in data]
-    policy, rows = run(cpu, sft_objective, data, epochs=10)
-    assert weights_hash(policy) == weights_hash(run(cpu, sft_objective, other, epochs=10)[0])
+    policy, rows = run(cpu, sft(data), data, epochs=10)
+    assert weights_hash(policy) == weights_hash(run(cpu, sft(other), other, epochs=10)[0])
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
 
 
-def test_evaluation_points(cpu):
-    calls = []
+def test_evaluation_points(cpu, tmp_path):
+    calls, data = [], pairs()
 
-    def evaluate(step):
+    def evaluate(model, step):
         calls.append(step)
         return {"loss": 0.0}
 
-    rows = train(tiny_gpt2(), pairs(), sft_objective, plan(epochs=4), cpu, pad_id=0, evaluate=evaluate, evaluations=3)
-    held = [row["step"] for row in rows if row["split"] == "held_out"]
-    assert (held[0], held[-1]) == (0, 12)
-    assert held == sorted(set(held))
-    assert held == [0, 4, 8, 12]
-    assert calls == held
+    watch = RunWatch("x", Checkpoints(tmp_path / "x", {}), lambda: 0, evaluate, evaluations=3)
+    _, rows = run(cpu, sft(data), data, watch=watch, epochs=4)
+    assert [row["step"] for row in rows if row["split"] == "held_out"] == [0, 4, 8, 12]
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 13))
+    assert calls == [0, 4, 8, 12]
 
 
 def test_only_the_rows_at_fault_are_named(cpu):
     """NaN in one pair's loss: that row, not its batch."""
     data = pairs(4)
-    reference = torch.tensor([0.0, 0.0, float("nan"), 0.0])
+    reference = PairScores(torch.tensor([0.0, 0.0, float("nan"), 0.0]), torch.zeros(4), *lengths(data))
     with pytest.raises(TrainingError, match=r"loss is not finite at update 1 \(rows 102\)"):
-        train(tiny_gpt2(), data, DPOObjective(reference, torch.zeros(4), 0.5), PLAN, cpu, pad_id=0)
+        train_in_parts(tiny_gpt2(), data, DPOObjective(reference, 0.5), PLAN, cpu)

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from test_training import scored, train_in_parts
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -13,14 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_gpt2
 from dpo_helpers.device import Compute
-from dpo_helpers.engine import FastPath
-from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.fast.engine import FastScorer
 from dpo_helpers.hh import Pair
-from dpo_helpers.logprobs import pair_logprobs
-from dpo_helpers.losses import pair_losses
+from dpo_helpers.logprobs import PairScores, pair_logprobs
+from dpo_helpers.losses import dpo_loss
 from dpo_helpers.models import freeze
 from dpo_helpers.tokens import collate, encode_pair
-from dpo_helpers.training import DPOObjective, TrainPlan, train
+from dpo_helpers.training import DPOObjective, TrainPlan
 
 BETA, ROWS, UPDATES = 0.3, 8, 20
 KINDS = [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.2)]
@@ -110,8 +110,8 @@ def test_log_probabilities_losses_rewards_and_gradients(kind, words, rows, tmp_p
     with torch.no_grad():
         reference_logps = pair_logprobs(reference, batch)
     tokens = batch.response_mask.sum(dim=-1).chunk(2)
-    losses, chosen_rewards, rejected_rewards = pair_losses(
-        chosen, rejected, *reference_logps, *tokens, beta=BETA, loss_type=kind[0], label_smoothing=kind[1]
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, *reference_logps, beta=BETA, loss_type=kind[0], label_smoothing=kind[1], lengths=tokens
     )
     losses.mean().backward()
 
@@ -143,14 +143,14 @@ def test_sixteen_bits_are_no_worse_than_theirs(words, rows, tmp_path, cpu):
     def error(scores):
         return (torch.cat([scores.chosen, scores.rejected]) - truth).pow(2).mean().sqrt().item()
 
-    exact = score_pairs(policy, encoded, cpu, pad_id=0)
+    exact = scored(policy, encoded, cpu)
     truth = torch.cat([exact.chosen, exact.rejected])
     with half.autocast():
         theirs = torch.cat(trainer.compute_ref_log_probs(policy.eval(), inputs)).float()
     bound = (theirs - truth).pow(2).mean().sqrt().item()
     assert bound > 0
-    assert error(score_pairs(policy, encoded, half, pad_id=0)) <= 1.1 * bound
-    assert error(score_pairs(policy, encoded, half, pad_id=0, fast=FastPath(policy, encoded, 1))) <= 1.1 * bound
+    assert error(scored(policy, encoded, half)) <= 1.1 * bound
+    assert error(scored(policy, encoded, half, FastScorer(policy, encoded, 1))) <= 1.1 * bound
 
 
 def test_a_training_run_of_20_updates(words, rows, tmp_path, cpu):
@@ -172,13 +172,14 @@ def test_a_training_run_of_20_updates(words, rows, tmp_path, cpu):
         for name, parameter in policy.named_parameters():
             parameter.copy_(start[name])
     encoded = encode(words, rows)
+    batch = collate(encoded, 0)
     with torch.no_grad():
-        reference_logps = pair_logprobs(reference, collate(encoded, 0))
+        of_reference = PairScores(*pair_logprobs(reference, batch), *batch.response_mask.sum(dim=-1).chunk(2))
     plan = TrainPlan(
         epochs=UPDATES, batch_size=len(encoded), micro_batch_size=3, learning_rate=1e-4, optimizer="rmsprop",
         warmup_steps=0, schedule="constant", max_grad_norm=1.0, seed=5,
     )  # fmt: skip
-    logged = train(policy, encoded, DPOObjective(*reference_logps, BETA), plan, cpu, pad_id=0)
+    logged = train_in_parts(policy, encoded, DPOObjective(of_reference, BETA), plan, cpu)
     ours = [row["loss"] for row in logged]
     assert len(trainer.losses) == len(ours) == UPDATES
     assert ours[0] - ours[-1] > 0.1, "it learned"
@@ -221,7 +222,7 @@ def test_float64_against_the_two_row_oracle(words, rows):
     with torch.no_grad():
         reference_logps = pair_logprobs(reference, batch)
     tokens = batch.response_mask.sum(dim=-1).chunk(2)
-    ours, chosen, rejected = pair_losses(*pair_logprobs(policy, batch), *reference_logps, *tokens, beta=BETA)
+    ours, chosen, rejected = dpo_loss(*pair_logprobs(policy, batch), *reference_logps, beta=BETA, lengths=tokens)
     ours.mean().backward()
     assert ours.dtype == torch.float64
     assert ours.tolist() == pytest.approx(losses, rel=1e-12)

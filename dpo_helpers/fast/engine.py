@@ -74,8 +74,8 @@ class FastScorer:
 
     def __call__(self, model: Any, at: Sequence[int], sides: Sequence[str] = BOTH) -> tuple[Tensor, ...]:
         """As `Scorer`: of each side [B], float32. For the chosen side alone the rejected responses are not run."""
-        sums = self._logprobs(model, at, chosen_only=len(sides) == 1)
-        return sums.chunk(2)[: len(sides)]
+        sums = self._logprobs(model, at, chosen_only="rejected" not in sides)
+        return tuple(sums.view(-1, len(at))[BOTH.index(side)] for side in sides)
 
     def _logprobs(self, model: Any, at: Sequence[int], *, chosen_only: bool) -> Tensor:
         """[2B], all chosen, then all rejected."""

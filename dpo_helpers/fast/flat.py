@@ -24,7 +24,7 @@ class FlatBatch:
     """B pairs as N tokens, with what attention and the head need to find them; all int64.
 
     ids, positions: [N]; the rejected response's positions start again after the prompt's.
-    groups: rows of like length for causal attention, each [n, S]: which token stands at place s of row r. A pair has
+    groups: rows of like length for causal attention, each [n, S]: which token is at place s of row r. A pair has
         two rows, prompt + chosen and prompt + rejected, so the responses never see each other. Padded on the right
         with token 0, which no earlier place sees.
     back: [N], where a token is found in the groups' outputs, all rows flattened one after another.

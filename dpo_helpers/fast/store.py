@@ -79,7 +79,7 @@ def _mapped_file(size: int, folder: Path | None) -> mmap.mmap | None:
             return mmap.mmap(file.fileno(), size)
         except OSError as error:
             print(
-                f"no room for {size / 1e9:.2f} GB of the frozen blocks' output ({error.strerror}): they are run anew "
+                f"no room for {size / 1e9:.2f} GB of the frozen blocks' output ({error.strerror}): they are run again "
                 "at each step, which is slower and gives the same numbers"
             )
             return None

@@ -212,7 +212,7 @@ def mean_instead_of_sum() -> str:
 
 
 def labels_unshifted() -> str:
-    """Scoring at position t the token that stands at t, which the model has already read."""
+    """Scoring at position t the token at t, which the model has already read."""
     model, _ = _model()
     batch = collate(_pairs(), 0)
     with torch.no_grad():

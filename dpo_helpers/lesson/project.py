@@ -150,7 +150,7 @@ class ProjectReport:
         print(one_line(f"Write your conclusion into {'/'.join(self.path.parts[-5:])}."))
 
     def markdown(self, conclusion: str = YOURS) -> str:
-        """The report as Markdown. What a person wrote stands in indented blocks, in which nothing is rendered."""
+        """The report as Markdown. What a person wrote is in indented blocks, in which nothing is rendered."""
         rows = self.rows()
         table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
         return REPORT.format(
@@ -229,7 +229,7 @@ def run_project(settings: Settings, change: Mapping[str, Any], *, prediction: st
 
 
 def _conclusion(earlier: str) -> str:
-    """What stands under the last heading of an earlier report; the prompt to write it where there is none."""
+    """What is under the last heading of an earlier report; the prompt to write it where there is none."""
     return earlier.partition(f"\n{CONCLUDE}\n")[2].strip("\n") or YOURS
 
 

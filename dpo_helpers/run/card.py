@@ -43,7 +43,7 @@ def model_card(settings: Settings, comparison: Mapping[str, Evaluation], source:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization", "course"],
-        base_model=base.name if base.kind == "hub" else None,
+        base_model=base.hub_id,
         datasets=[settings.dataset] if settings.dataset in DATASETS else None,
     )
     names = list(comparison)

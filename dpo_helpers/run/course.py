@@ -36,6 +36,12 @@ def notebooks_dir() -> Path:
     raise CourseError("no notebooks/ here or above: run this in a clone of the course")
 
 
+def notebooks_in(folder: Path, *, beyond: bool) -> list[Path]:
+    """The notebooks of the course in a folder, in reading order: the seven, then the optional ones in beyond/."""
+    optional = sorted(folder.glob("beyond/[a-z]_*.ipynb")) if beyond else []
+    return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *optional]
+
+
 class _SilentOutput(OutputWidget):  # type: ignore[misc]  # nbclient has no types
     """The output under a slider, of which the kernel is not told.
 
@@ -120,12 +126,13 @@ def _interrupts_of(client: NotebookClient) -> list[int]:
     return asked
 
 
-def run_course(settings: Settings, *, in_place: bool = False) -> None:
-    """Execute all notebooks and write the report; executed copies go to <run>/notebooks/.
+def run_course(settings: Settings, *, in_place: bool = False, beyond: bool = False) -> None:
+    """Execute the notebooks and write the report; executed copies go to <run>/notebooks/.
 
-    in_place: also put the outputs into the committed notebooks, which is how they are regenerated.
+    in_place: also put the outputs into the committed notebooks, which is how they are regenerated. beyond: those in
+    notebooks/beyond/ too.
     """
-    sources = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    sources = notebooks_in(notebooks_dir(), beyond=beyond)
     os.environ["DPO_RUNS_DIR"] = str(settings.run_dir.parent.resolve())
     for number, source in enumerate(sources, start=1):
         target = source if in_place else settings.run_dir / "notebooks" / source.name

@@ -39,16 +39,19 @@ SETTLED = 2.0  # seconds after its last change, from when on a file's times tell
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, in hex. Read once per process as long as the file is not changed."""
+    """sha256 of a file, in hex. A settled file is read once per process as long as it is not changed."""
     found = path.stat()
     key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    if key not in _HASHES or time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+    is_settled = time.time() - max(found.st_mtime, found.st_ctime) >= SETTLED
+    if is_settled and key in _HASHES:
+        return _HASHES[key]
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    if is_settled:  # before, the same times may come to belong to another content
         _HASHES[key] = digest.hexdigest()
-    return _HASHES[key]
+    return digest.hexdigest()
 
 
 def json_hash(value: Any) -> str:
@@ -217,7 +220,7 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
         expected = {str(name): str(digest) for name, digest in manifest["files"].items()}
         if not isinstance(manifest["made_from"], dict) or not isinstance(manifest["about"], dict):
             raise TypeError
-        if json_hash(manifest) + "\n" != seal.read_text(encoding="utf-8"):
+        if json_hash(manifest) + "\n" != seal.read_text(encoding="utf-8", errors="replace"):
             raise ArtefactError(f"{path} is damaged: its content's sha256 is not that in {SEAL}")
     except OSError as error:
         where = error.filename or path

@@ -191,8 +191,9 @@ def load_saved(folder: Path) -> Any:
 
     logging.disable_progress_bar()
     _check_folder(folder)  # a local folder: there is no revision
+    config = _config({"pretrained_model_name_or_path": folder})
     model = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+        folder, config=config, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
     )
     return with_float32_head(model).eval()
 

@@ -43,6 +43,11 @@ class Source:
         """A name to show: nothing of this machine's folders is in it."""
         return self.path.name if self.kind in ("file", "folder") else self.name
 
+    @property
+    def hub_id(self) -> str | None:
+        """The name, where it is of the Hub and has the form of its names; None elsewhere."""
+        return self.name if self.kind == "hub" and _HUB_ID.fullmatch(self.name) else None
+
     def commit(self) -> str | None:
         """The 40-hex commit on the Hub: the one asked for, else the newest, looked up once; None from elsewhere.
 

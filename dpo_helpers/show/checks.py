@@ -15,7 +15,7 @@ def check(name: str, got: float, want: float, tol: float, only: Settings | None 
     value is printed without an expectation.
     """
     if only is not None and not _expected(only):
-        print(f"{name}: {got:.4g} (no expectation: it was measured on the mini profile as it stands)")
+        print(f"{name}: {got:.4g} (no expectation: it was measured on the mini profile as it is)")
         return
     if not (math.isfinite(got) and abs(got - want) <= tol):
         raise AssertionError(f"{name}: got {got:.6g}, want {want:g} ± {tol:g}")
@@ -25,7 +25,7 @@ def check(name: str, got: float, want: float, tol: float, only: Settings | None 
 def check_that(claim: str, holds: bool, only: Settings | None = None) -> None:
     """Print "claim: holds", or raise AssertionError; with `only` as in `check`, other settings just report."""
     if only is not None and not _expected(only):
-        print(f"{claim}: {'holds' if holds else 'does not hold'} here (claimed of the mini profile as it stands)")
+        print(f"{claim}: {'holds' if holds else 'does not hold'} here (claimed of the mini profile as it is)")
         return
     if not holds:
         raise AssertionError(f"{claim}: does not hold")

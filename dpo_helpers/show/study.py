@@ -1,8 +1,9 @@
 """The source study of this course: what it published, and its own estimator on our runs.
 
-The study trained GPT-2 on HH-RLHF with RMSprop at 1e-6 and reports a "reward" and a "KL" for its models. Its reward is
-β times its "KL"; we know it by these numbers only, and read its "KL" as the mean log-ratio on the data's chosen
-responses (`chosen_logratio` here).
+"Direct Preference Optimization Implementation on GPT-2", the README that this course began with, trained GPT-2 on
+HH-RLHF with RMSprop at 1e-6 and reports a "reward" and a "KL" for its models. It describes its reward as the mean
+β-scaled log-ratio on chosen responses, and its reward is β times its "KL"; so we read that "KL" as the mean log-ratio
+on the data's chosen responses (`chosen_logratio` here).
 """
 
 from __future__ import annotations

@@ -71,10 +71,10 @@ def build_mini(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> float:
-    """Train tokenizer and model from nothing and save both to `out`; returns the mean loss of the last 50 steps.
+    """Train tokenizer and model from nothing and save both to `out`; returns the mean loss of the last 50 updates.
 
     Only answers are predicted, so the model never goes on with the human's turn.
-    AdamW with a warm-up of 100 steps and a cosine decay to a tenth; loss in nats a token, end of text included.
+    AdamW with a warm-up of 100 steps and a cosine decay to a tenth; loss in nats per token, end of text included.
     """
     texts = pretraining_texts(n_texts, seed)
     tokenizer = train_tokenizer(texts[:10_000])

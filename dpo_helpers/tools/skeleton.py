@@ -1,7 +1,8 @@
 """How a notebook of the course is built: its skeleton, what all of them share, and the version without solutions.
 
 `notebooks/_template.ipynb` is the annotated skeleton. Three of its cells (set-up, profile, symbols) are the same in
-every notebook; `python -m dpo_helpers lesson` copies them, sets the badge, and writes `notebooks/exercises/`.
+every notebook, of the seven and of `notebooks/beyond/`; `python -m dpo_helpers lesson` copies them, sets the badge, and
+writes `notebooks/exercises/`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import nbformat
 
 from ..errors import CourseError
 from ..lesson.exercises import EXERCISES
+from ..run.course import notebooks_in
 from ..run.disk import write_text
 
 # The course's address, for badges and for Colab's set-up cell. Whoever publishes the course puts theirs here and runs
@@ -99,7 +101,7 @@ def problems(notebook: Notebook) -> list[str]:
 
 def _opening(notebook: Notebook) -> Iterator[str]:
     first = notebook.cells[0].source
-    if not re.match(r"# \d · \S", first):
+    if not re.match(r"# [1-9a-d] · \S", first):
         yield "the title is not '# N · …'"
     for word in ("Do", "Learn", "Need"):
         if f"**{word}:**" not in first:
@@ -157,8 +159,9 @@ def _counts(text: str) -> Iterator[str]:
 def _exercises(notebook: Notebook) -> Iterator[str]:
     number = notebook.cells[0].source[2:3]
     mine = [e for e in EXERCISES.values() if e.number.startswith(f"{number}.")]
-    if len(mine) < 3:
-        yield f"{len(mine)} exercises, three are asked for"
+    wanted = 2 if number.isdigit() else 1
+    if len(mine) < wanted:
+        yield f"{len(mine)} exercises, {wanted} asked for"
     cells = notebook.cells
     for exercise in mine:
         at = [i for i, cell in enumerate(cells) if exercise.heading() in cell.source]
@@ -176,8 +179,8 @@ def write_lessons(folder: Path) -> list[Path]:
     """Copy the shared cells of the template into all notebooks of a folder and write its exercises/; what changed."""
     template = nbformat.read(folder / TEMPLATE, as_version=4)
     changed = []
-    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-        stamped = stamp(nbformat.read(path, as_version=4), path.name, template)
+    for path in notebooks_in(folder, beyond=True):
+        stamped = stamp(nbformat.read(path, as_version=4), path.relative_to(folder).as_posix(), template)
         (folder / "exercises").mkdir(exist_ok=True)
         for target, notebook in ((path, stamped), (folder / "exercises" / path.name, None)):
             text = nbformat.writes(notebook or without_solutions(stamped, path.name)) + "\n"

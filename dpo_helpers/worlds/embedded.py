@@ -318,6 +318,6 @@ def sampling_prompts(n: int, seed: int = 0) -> list[str]:
 def best_possible_accuracy(reward_gaps: Sequence[float]) -> float:
     """The accuracy that a judge who knows the true reward expects: mean of max(p, 1-p), p = sigmoid(gap).
 
-    reward_gaps: true reward of chosen minus rejected, one a pair, not empty.
+    reward_gaps: true reward of chosen minus rejected, one per pair, not empty.
     """
     return sum(1 / (1 + math.exp(-abs(gap))) for gap in reward_gaps) / len(reward_gaps)

@@ -33,7 +33,7 @@ def token_label(token: str, length: int = 14) -> str:
 
 
 def plot_batch_layout(batch: PairBatch, pad_id: int, folder: Path | None = None) -> str:
-    """A padded batch as a picture: what stands at each position of its rows, all chosen first, then all rejected.
+    """A padded batch as a picture: what is at each position of its rows, all chosen first, then all rejected.
 
     pad_id: the id that pads and that ends a text: the last token of a response counts as end-of-text if it is that.
     """
@@ -48,7 +48,7 @@ def plot_batch_layout(batch: PairBatch, pad_id: int, folder: Path | None = None)
     axis.pcolormesh(kinds.numpy(), cmap=colours, vmin=-0.5, vmax=3.5, edgecolors="white", lw=0.5 if width < 150 else 0)
     names = [f"{side}, pair {row}" for side in ("chosen", "rejected") for row in batch.rows]
     axis.set(xlabel="position", ylim=(height, 0), yticks=np.arange(height) + 0.5, yticklabels=names)
-    axis.set_title("What stands where in the batch", pad=30)
+    axis.set_title("What is where in the batch", pad=30)
     axis.tick_params(length=0)
     handles = [Patch(color=PARTS[part], label=part) for part in ("prompt", "response", "its end-of-text", "padding")]
     axis.legend(handles=handles, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
@@ -91,13 +91,13 @@ class Packed(Protocol):
 
 
 def _rows(flat: Packed) -> list[torch.Tensor]:
-    """The rows that attention is computed in, as tokens, without padding, which stands where its position is not."""
+    """The rows that attention is computed in, as tokens, without padding: a place counts where its position is its own."""
     rows = [row for group in flat.groups for row in group.cpu()]
     return [row[flat.positions.cpu()[row] == torch.arange(len(row))] for row in rows]
 
 
 def _reads(flat: Packed) -> torch.Tensor:
-    """Which token reads which: itself and what stands before it in a row. [N, N] bool, a reader a row."""
+    """Which token reads which: itself and what comes before it in its row. [N, N] bool, one reader per row."""
     reads = torch.zeros(len(flat.ids), len(flat.ids), dtype=torch.bool)
     for row in _rows(flat):
         reads[row[:, None], row[None, :]] |= torch.ones(len(row), len(row), dtype=torch.bool).tril()
@@ -249,7 +249,7 @@ def _bars(axis: Axes, x: Sequence[float], values: Sequence[float], colours: Sequ
 
 
 def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], folder: Path | None = None) -> str:
-    """The first token of the answer under several models: bars of its probability, a group a token.
+    """The first token of the answer under several models: bars of its probability, one group per token.
 
     probabilities: model -> token -> probability. Drawn are the likeliest of each model, at most 8 in all; a token that
     a model's mapping lacks has no bar there.

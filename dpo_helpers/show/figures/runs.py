@@ -64,12 +64,12 @@ def plot_sft(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
     """Loss of supervised fine-tuning, training (moving mean) and held-out pairs, over updates."""
     figure, (axis,) = new(width=6)
     curve(axis, rows, "loss", "loss", COLOURS[1])
-    axis.set(xlabel="update", ylabel="nats a token", title="SFT: negative log-likelihood of chosen responses")
+    axis.set(xlabel="update", ylabel="nats per token", title="SFT: negative log-likelihood of chosen responses")
     axis.legend()
     held = [row["loss"] for row in rows if row["split"] == "held_out"]
     return finish(
         figure, folder, "03-sft",
-        f"SFT loss on held-out chosen responses goes from {held[0]:.2f} to {held[-1]:.2f} nats a token.",
+        f"SFT loss on held-out chosen responses goes from {held[0]:.2f} to {held[-1]:.2f} nats per token.",
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def plot_reward_kl(evaluations: Mapping[str, Evaluation], folder: Path | None = 
             _point(axes[1], evaluation, "true_reward", name, colour, marker)
     titles = ("Reward margin on held-out pairs", "True reward of sampled answers")
     for axis, title in zip(axes, titles, strict=False):
-        axis.set(xlabel="KL(π_θ‖π_ref), nats a response", ylabel=title.split(" o")[0].lower(), title=title)
+        axis.set(xlabel="KL(π_θ‖π_ref), nats per response", ylabel=title.split(" o")[0].lower(), title=title)
         axis.legend()
     key = "true_reward" if known else "reward_margin"
     points = ", ".join(f"{n} ({e.metrics['kl']:.2f}, {e.metrics[key]:.2f})" for n, e in evaluations.items())
@@ -178,7 +178,7 @@ def plot_sweep(
 def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluation, folder: Path | None = None) -> str:
     """Runs along their training on the reward-KL plane (paper, figure 2): true reward, and implicit margin, over KL.
 
-    runs: points of each run by name, as `steps.get_frontier` gives them; a line joins them in order, the last is
+    runs: points of each run by name, as `run.measures.get_frontier` gives them; a line joins them in order, the last is
     large. reference: measured; it is where all runs start. Without a known true reward only the margin is drawn.
     """
     keys = ("true_reward", "reward_margin") if "true_reward" in reference.metrics else ("reward_margin",)
@@ -187,7 +187,7 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
         for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
             _path(axis, [row for row in rows if key in row], key, reference.metrics[key], name, colour)
         title = {"true_reward": "True reward of samples", "reward_margin": "Implicit reward margin, held out"}[key]
-        axis.set(xlabel="KL(π_θ‖π_ref), nats a response", ylabel=key.replace("_", " "), title=title)
+        axis.set(xlabel="KL(π_θ‖π_ref), nats per response", ylabel=key.replace("_", " "), title=title)
         axis.set_xscale("symlog", linthresh=1.0)
     axes[-1].legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
     ends = ", ".join(f"{name} {rows[-1][keys[0]]:.2f} at KL {rows[-1]['kl']:.2f}" for name, rows in runs.items())

@@ -22,7 +22,7 @@ from .runs import curve
 
 MARGINS = (-2.0, 0.0, 3.0)  # of the version of `explore_loss` that needs no widgets
 MARKERS = "oDs^v<>Xp*"
-KL_AXIS = "KL(π_θ‖π_ref), nats a response"
+KL_AXIS = "KL(π_θ‖π_ref), nats per response"
 
 
 def plot_mass(
@@ -30,7 +30,7 @@ def plot_mass(
 ) -> str:
     """Where the probability goes during a training: stacked areas over updates, a panel a history.
 
-    histories: probabilities [S, K] by name, a row an update, as `tabular.follow` gives them; responses: K names, the
+    histories: probabilities [S, K] by name, one row per update, as `tabular.follow` gives them; responses: K names, the
     first at the bottom.
     """
     columns = 2 if len(histories) == 4 else min(3, len(histories))
@@ -177,7 +177,7 @@ def plot_plane_filling(
 ) -> str:
     """The reward-KL plane after each quarter of the trainings: the path of each run so far, on the same axes.
 
-    frontier: points of each run by name, as `steps.get_frontier` gives them; reference: measured, where all start.
+    frontier: points of each run by name, as `run.measures.get_frontier` gives them; reference: measured, where all start.
     The reward is the true one where it is known, otherwise the implicit margin.
     """
     key = "true_reward" if "true_reward" in reference.metrics else "reward_margin"
