@@ -1,4 +1,4 @@
-"""What the notebooks of the DPO course import: see the README for the map of the modules.
+"""What the notebooks of the DPO course import: docs/decisions.md has the map of the modules.
 
 Kept light: importing the package loads neither torch nor transformers.
 """

@@ -182,7 +182,8 @@ class Notebook:
             if errors:
                 raise self.fail(f"code cell {number} shows an error:\n{source}\n→ {errors[0].strip()[-1500:]}", number)
         if seen["dialog"]:
-            raise self.fail(f"JupyterLab asks: {seen['dialog']}")
+            self.page.wait_for_timeout(500)  # its text is drawn before its title
+            raise self.fail(f"JupyterLab asks: {self.look()['dialog'] or seen['dialog']}")
 
     def menu(self, name: str, entry: str) -> None:
         self.page.get_by_role("menuitem", name=name, exact=True).click()

@@ -8,7 +8,7 @@ import pytest
 from lab_page import opened, without_bars
 
 from conftest import ROOT
-from dpo_helpers.lesson import COLAB
+from dpo_helpers.tools.skeleton import COLAB
 
 SECONDS = {"04_dpo_loss_derivation": 600, "05_dpo_training": 1200}  # a tenth on an idle machine; both train a model
 BADGE = f"{COLAB}/assets/colab-badge.svg"  # the one thing that a notebook shows of another site

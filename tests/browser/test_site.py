@@ -10,6 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from site_pages import (
     BEYOND,
     NOTEBOOKS,
+    ROOT,
     VISIBLE_TEXT,
     WIDGET,
     Html,
@@ -21,13 +22,16 @@ from site_pages import (
     served,
 )
 
-from dpo_helpers.display import html_table
+from dpo_helpers.show.tables import html_table
 
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "jupyter_server_mathjax")
 LACKING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"the site needs {', '.join(LACKING)}: pip install '.[dev,site]'")
 
-LESSONS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+SEVEN = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+OPTIONAL = sorted(NOTEBOOKS.glob("beyond/[a-z]_*.ipynb"))
+LESSONS = {path.relative_to(NOTEBOOKS).with_suffix(".html").as_posix(): path for path in (*SEVEN, *OPTIONAL)}
+DOCS = {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")}  # the landing page among them
 DERIVATION = "04_dpo_loss_derivation"
 LOADS = re.compile(r"""(url\(\s*|@import\s*)["']?(https?:)?//""")  # what a style sheet loads from another site
 FORMULA = r"$$\mathcal{L} = -\log\sigma(\hat m)$$"
@@ -74,6 +78,8 @@ def small_course(folder, *more):
     ]
     write(folder / "01_small.ipynb", cells)
     write(folder / "02_next.ipynb", [new_markdown_cell("# 2 · Next\n\n## Its end")])
+    back = "[its end](../02_next.ipynb#its-end), [notes](../../docs/trust.md), [the code](../../dpo_helpers/cli.py)"
+    write(folder / "beyond/a_more.ipynb", [new_markdown_cell(f"# A · More\n\n{back}")])
     write(folder / "_template.ipynb", [new_markdown_cell("# 0 · Template")])
     write(folder / "exercises/01_small.ipynb", [new_markdown_cell("# 1 · Exercises")])
 
@@ -109,7 +115,12 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(site):
-    return {path.name: Html(path.read_text(encoding="utf-8")) for path in sorted(site.glob("*.html"))}
+    return {name: Html((site / name).read_text(encoding="utf-8")) for name in names_of_pages(site)}
+
+
+def names_of_pages(site):
+    """Of the pages in a site's folder, without those that MathJax brings."""
+    return sorted(path.relative_to(site).as_posix() for part in ("", "beyond/") for path in site.glob(f"{part}*.html"))
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +138,20 @@ def small_server(small):
 # ---- without a browser ----
 
 
-def test_the_seven_notebooks_and_a_landing_page_that_links_to_them(pages):
-    assert len(LESSONS) == 7
-    names = {f"{path.stem}.html" for path in LESSONS}
-    assert set(pages) == names | {"index.html", "search.html"}
-    assert names <= set(pages["index.html"].links)
+def test_the_notebooks_the_docs_and_a_landing_page_that_links_to_them(pages):
+    assert len(SEVEN) == 7
+    assert len(OPTIONAL) >= 2
+    assert "index.html" in DOCS
+    assert set(pages) == {*LESSONS, *DOCS, "search.html"}
+    assert {*LESSONS, *DOCS} - {"index.html"} <= set(pages["index.html"].links)
 
 
 def test_every_link_within_the_site_leads_somewhere(site, pages):
     assert broken_links(site, pages) == []
     assert sum(len(page.links) for page in pages.values()) > 100, "links were found at all"
+    sources = re.compile(r"\.(md|ipynb|py)(#|$)")  # of the course: on the site these are pages, or no links
+    inside = {link for page in pages.values() for link in page.links if not is_outside(link)}
+    assert [link for link in inside if sources.search(link) and "_sources/" not in link] == []
 
 
 def test_a_missing_file_and_a_missing_id_are_found(site, pages):
@@ -159,11 +174,11 @@ def test_no_page_loads_anything_of_another_site(site, pages):
 
 
 def test_every_figure_of_a_notebook_is_on_its_page_with_a_sentence(pages):
-    for path in LESSONS:
-        figures = pages[f"{path.stem}.html"].figures
+    for name, path in LESSONS.items():
+        figures = pages[name].figures
         assert len(figures) == images(path), path.name
         assert [figure for figure in figures if "_images" in (figure["alt"] or "_images")] == [], path.name
-    assert sum(map(images, LESSONS)) >= 10
+    assert sum(map(images, LESSONS.values())) >= 10
 
 
 def test_the_html_is_well_nested_and_summaries_are_plain(pages):
@@ -175,18 +190,14 @@ def test_the_html_is_well_nested_and_summaries_are_plain(pages):
 
 
 def test_the_download_is_the_committed_notebook(site, pages):
-    for path in LESSONS:
-        assert f"_sources/{path.name}" in pages[f"{path.stem}.html"].links
-        assert (site / "_sources" / path.name).read_bytes() == path.read_bytes()
+    for name, path in LESSONS.items():
+        place = path.relative_to(NOTEBOOKS).as_posix()
+        assert "../" * name.count("/") + f"_sources/{place}" in pages[name].links
+        assert (site / "_sources" / place).read_bytes() == path.read_bytes()
 
 
 def test_a_small_course_without_widgets_badges_and_rendered_text(small):
-    assert {path.name for path in small.glob("*.html")} == {
-        "index.html",
-        "search.html",
-        "01_small.html",
-        "02_next.html",
-    }
+    assert set(names_of_pages(small)) == {*DOCS, "search.html", "01_small.html", "02_next.html", "beyond/a_more.html"}
     text = (small / "01_small.html").read_text(encoding="utf-8")
     page = Html(text)
     assert "a slider" not in text
@@ -194,6 +205,9 @@ def test_a_small_course_without_widgets_badges_and_rendered_text(small):
     assert not [address for address in page.loads + page.links if "colab" in address]
     assert {"02_next.html", "02_next.html#its-end"} <= set(page.links)
     assert [figure["alt"] for figure in page.figures] == ['It falls from 3 to 2, "see" <b>$5 $6</b>']
+    more = Html((small / "beyond/a_more.html").read_text(encoding="utf-8")).links
+    assert {"../02_next.html#its-end", "../trust.html"} <= set(more)
+    assert not [link for link in more if "cli.py" in link], "a file that is not on the site is named, not linked to"
     folded = " ".join(page.summaries)
     assert all(text in folded for text in ("Hint", "Show the set-up cell", "Show the solution"))
 
@@ -229,17 +243,17 @@ def test_formulas_are_drawn(browser, site, server, scheme):
 
 def test_no_delimiter_of_a_formula_is_left_on_any_page(browser, server):
     with reading(browser, server) as reader:
-        for path in LESSONS:
-            text = reader.open(f"{path.stem}.html").evaluate(VISIBLE_TEXT)
+        for name in LESSONS:
+            text = reader.open(name).evaluate(VISIBLE_TEXT)
             assert len(text) > 2000
-            assert [mark for mark in ("$$", "\\(", "\\)", "\\[", "\\]") if mark in text] == [], path.name
+            assert [mark for mark in ("$$", "\\(", "\\)", "\\[", "\\]") if mark in text] == [], name
         reader.assert_quiet()
 
 
 def test_figures_are_loaded_and_no_page_is_wider_than_a_phone(browser, server):
     with reading(browser, server, width=400) as reader:
-        for name in ("index", *(path.stem for path in LESSONS)):
-            page = reader.open(f"{name}.html")
+        for name in (*DOCS, *LESSONS):
+            page = reader.open(name)
             page.wait_for_load_state("load")
             widths = page.evaluate(
                 "[...document.querySelectorAll('article img')].map(i => i.complete && i.naturalWidth)"
