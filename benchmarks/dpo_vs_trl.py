@@ -6,6 +6,7 @@ Every measurement is a process of its own (`worker`); the rows take turns, and t
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def measure(row: str, work: Workload) -> dict[str, Any]:
     return result
 
 
-def seconds_a_pair(run: dict[str, Any], *, later: bool = False) -> float:
+def seconds_per_pair(run: dict[str, Any], *, later: bool = False) -> float:
     """Of the training steps without the first one, which warms up; later: of the epochs after the first, if any."""
     steps = run["steps"][1:]
     if later and steps[-1][0] > 0:
@@ -61,8 +62,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]], work: Workload) -> dict[str
         for run in repeats:
             precompute = run["precompute_s"] / work.pairs
             trained = work.epochs * sweep
-            all_epochs.append(trained / (precompute + trained * seconds_a_pair(run)))
-            later.append(1 / seconds_a_pair(run, later=True))
+            all_epochs.append(trained / (precompute + trained * seconds_per_pair(run)))
+            later.append(1 / seconds_per_pair(run, later=True))
             memory.append(run["peak_gb"])
         found[row] = {
             "pairs_per_s": median(all_epochs), "pairs_per_s_min": min(all_epochs), "pairs_per_s_max": max(all_epochs),
@@ -145,7 +146,7 @@ def main(
         str, typer.Option(help="folder with vocab.json and merges.txt, or a Hub id")
     ] = "openai-community/gpt2",
     pairs: Annotated[int, typer.Option(help="drawn by seed over the whole length range")] = 48,
-    batch_size: Annotated[int, typer.Option(help="pairs an update")] = 8,
+    batch_size: Annotated[int, typer.Option(help="pairs per update")] = 8,
     epochs: Annotated[int, typer.Option(help="passes over the pairs")] = 3,
     trl_epochs: Annotated[int, typer.Option(help="epochs that TRL is timed over; each does the same work")] = 3,
     repeats: Annotated[int, typer.Option(help="of every row, taking turns")] = 3,
@@ -193,6 +194,7 @@ def _command() -> str:
 
 
 def _machine(device: str) -> str:
+    """What a measurement ran on; of a CPU also how its threads wait."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -201,7 +203,8 @@ def _machine(device: str) -> str:
         for line in (info.read_text(encoding="utf-8").splitlines() if info.is_file() else [])
         if line.startswith("model name")
     ]
-    return f"{torch.get_num_threads()} threads of {models[0] if models else platform.processor() or 'a CPU'}"
+    name = models[0] if models else platform.processor() or "a CPU"
+    return f"{torch.get_num_threads()} threads of {name}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', '')}"
 
 
 if __name__ == "__main__":

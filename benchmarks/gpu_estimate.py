@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.dpo_vs_trl import RESULTS, _machine
-from dpo_helpers.course import execute, notebooks_dir
+from dpo_helpers.run.course import execute, notebooks_dir, notebooks_in
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pretend_gpu import pretending_kernels
 
-LAUNCH = 20e-6  # s an operation in PyTorch's eager mode; an assumption: 5 to 10 µs on a fast host, more on Colab's
+LAUNCH = 20e-6  # s per operation in PyTorch's eager mode; an assumption: 5 to 10 µs on a fast host, more on Colab's
 
 
 def is_view(name: str) -> bool:
@@ -48,7 +48,7 @@ def row(name: str, seconds: float, ran: dict[str, dict[str, float]]) -> dict[str
 
 def main() -> None:
     """Execute all notebooks both ways, print the table and write results/gpu_estimate.json."""
-    sources = sorted(notebooks_dir().glob("[0-9]*.ipynb"))
+    sources = notebooks_in(notebooks_dir(), beyond=False)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         os.environ["DPO_RUNS_DIR"] = str(folder / "cpu")
@@ -59,7 +59,7 @@ def main() -> None:
             execute(source, folder / source.name, "mini")
             rows.append(row(source.stem, on_cpu, json.loads(log.read_text(encoding="utf-8"))))
     machine = _machine("cpu")
-    print(f"{machine}; {LAUNCH * 1e6:g} µs an operation\n")
+    print(f"{machine}; {LAUNCH * 1e6:g} µs per operation\n")
     print("| notebook | s on the CPU | s in operations for a GPU | operations | estimate on a GPU, s |")
     print("|---|---|---|---|---|")
     for r in rows:

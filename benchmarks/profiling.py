@@ -12,11 +12,10 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.dpo_vs_trl import RESULTS, _machine
-from benchmarks.workload import BETA, FROZEN, Workload, draw_pairs, make_model
+from benchmarks.workload import BETA, FROZEN, Workload, draw_pairs, make_model, train_dpo
 from dpo_helpers.device import Compute
-from dpo_helpers.engine import FastPath
 from dpo_helpers.evaluation import score_pairs
-from dpo_helpers.training import DPOObjective, train
+from dpo_helpers.fast.engine import FastScorer
 
 VOCABULARY = 50257
 GROUPS = {
@@ -47,13 +46,12 @@ def main(
     """Profile one later epoch and write the shares of its wall time into benchmarks/results/."""
     work = Workload(data, tokenizer, pairs, 8, 1, 0, "cpu", "fp32")
     drawn, compute, model = draw_pairs(work), Compute(torch.device("cpu"), "fp32"), make_model()
-    path = FastPath(model, drawn, FROZEN)
-    scores = score_pairs(model, drawn, compute, pad_id=0, fast=path)
-    objective = DPOObjective(scores.chosen, scores.rejected, BETA, fast=path)
-    train(model, drawn[:8], objective, work.plan(), compute, pad_id=0)
+    scorer = FastScorer(model, drawn, FROZEN)
+    scores = score_pairs(model, drawn, scorer, compute)
+    train_dpo(model, drawn[:8], scorer, scores, BETA, work.plan(), compute)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         started = time.perf_counter()
-        train(model, drawn, objective, work.plan(), compute, pad_id=0)
+        train_dpo(model, drawn, scorer, scores, BETA, work.plan(), compute)
         wall = time.perf_counter() - started
     shares: dict[str, float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):

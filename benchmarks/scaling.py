@@ -1,6 +1,6 @@
 """How this course scales, alone: `python -m benchmarks.scaling --help`.
 
-Time a pair from 100 to 1,000 pairs (GPT-2 124M), and resident memory from 200 to 20,000 pairs (the embedded model).
+Time per pair from 100 to 1,000 pairs (GPT-2 124M), and resident memory from 200 to 20,000 pairs (the embedded model).
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.dpo_vs_trl import RESULTS, _machine, seconds_a_pair
+from benchmarks.dpo_vs_trl import RESULTS, _machine, seconds_per_pair
 from benchmarks.worker import ours
-from benchmarks.workload import BETA, FROZEN, Workload, draw_pairs
-from dpo_helpers.device import Compute, peak_memory_gb
-from dpo_helpers.engine import FastPath
+from benchmarks.workload import BETA, FROZEN, Workload, draw_pairs, train_dpo
+from dpo_helpers.device import Compute
 from dpo_helpers.evaluation import score_pairs
-from dpo_helpers.models import freeze, load_model
-from dpo_helpers.models import load_tokenizer as mini_tokenizer
+from dpo_helpers.fast.engine import FastScorer
+from dpo_helpers.models import freeze
+from dpo_helpers.run.loading import load_model
+from dpo_helpers.run.loading import load_tokenizer as mini_tokenizer
+from dpo_helpers.run.machine import peak_memory_gb
+from dpo_helpers.run.pairs import load_pairs
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import load_pairs
 from dpo_helpers.tokens import encode_pairs
-from dpo_helpers.training import DPOObjective, TrainPlan, train
+from dpo_helpers.training import TrainPlan
 
 
-def time_a_pair(work: Workload) -> dict[str, Any]:
-    """One epoch with its precomputation on GPT-2 124M: seconds a pair of both."""
+def time_per_pair(work: Workload) -> dict[str, Any]:
+    """One epoch with its precomputation on GPT-2 124M: seconds per pair of both."""
     pairs = draw_pairs(work)
     run = ours(work, pairs, [BETA], fast=True)
-    first, later = run["precompute_s"] / len(pairs), seconds_a_pair(run)
+    first, later = run["precompute_s"] / len(pairs), seconds_per_pair(run)
     tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs) / len(pairs)
     return {"pairs": len(pairs), "tokens_a_pair": tokens, "first_s": first, "later_s": later, "total_s": first + later}
 
@@ -44,17 +46,17 @@ def memory(n: int) -> dict[str, Any]:
     model, tokenizer = load_model(settings), mini_tokenizer(settings)
     freeze(model, FROZEN)
     pairs = list(encode_pairs(tokenizer, load_pairs(settings).train, max_length=256, max_prompt_length=128))
-    ids_gb = peak_memory_gb(Compute(torch.device("cpu"), "fp32"))
     compute = Compute(torch.device("cpu"), "fp32")
-    path = FastPath(model, pairs, FROZEN)
-    scores = score_pairs(model, pairs, compute, pad_id=0, fast=path)
+    ids_gb = peak_memory_gb(compute)
+    scorer = FastScorer(model, pairs, FROZEN)
+    scores = score_pairs(model, pairs, scorer, compute)
     plan = TrainPlan(
         epochs=1, batch_size=16, micro_batch_size=16, learning_rate=1e-5, optimizer="rmsprop", warmup_steps=0,
         schedule="constant", max_grad_norm=10.0, seed=0,
     )  # fmt: skip
-    train(model, pairs, DPOObjective(scores.chosen, scores.rejected, BETA, fast=path), plan, compute, pad_id=0)
+    train_dpo(model, pairs, scorer, scores, BETA, plan, compute)
     return {
-        "pairs": n, "kept_gb": path.store.used * model.config.hidden_size * 4 / 1e9, "before_gb": ids_gb,
+        "pairs": n, "kept_gb": scorer.store.used * model.config.hidden_size * 4 / 1e9, "before_gb": ids_gb,
         "peak_gb": peak_memory_gb(compute),
     }  # fmt: skip
 
@@ -72,7 +74,7 @@ def main(
     if one:
         kind, n = one.split(":")
         work = Workload(data, tokenizer, int(n), 8, 1, 0, "cpu", "fp32")
-        print("RESULT " + json.dumps(time_a_pair(work) if kind == "time" else memory(int(n))))
+        print("RESULT " + json.dumps(time_per_pair(work) if kind == "time" else memory(int(n))))
         return
     result: dict[str, Any] = {"machine": _machine("cpu"), "time": [], "memory": []}
     for kind, wanted in (("memory", memory_sizes), ("time", sizes)):
@@ -98,7 +100,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = ["# Scaling, this course alone", "", f"On {result['machine']}.", ""]
     if result["time"]:
         lines += [
-            "| pairs (124M, batch 8) | tokens a pair | first pass, s a pair | later, s a pair | both |",
+            "| pairs (124M, batch 8) | tokens per pair | first pass, s per pair | later, s per pair | both |",
             "|---|---|---|---|---|",
         ]
         lines += [

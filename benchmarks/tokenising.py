@@ -1,4 +1,4 @@
-"""Rows read, checked, cut and tokenised a second, on one core: `python -m benchmarks.tokenising --help`."""
+"""Rows read, checked, cut and tokenised per second, on one core: `python -m benchmarks.tokenising --help`."""
 
 from __future__ import annotations
 

@@ -26,12 +26,14 @@ from benchmarks.workload import (
     load_tokenizer,
     make_model,
     synchronise,
+    train_dpo,
 )
-from dpo_helpers.device import Compute, peak_memory_gb
-from dpo_helpers.engine import FastPath
+from dpo_helpers.device import Compute
 from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.fast.engine import FastScorer
+from dpo_helpers.logprobs import PlainScorer, Scorer
+from dpo_helpers.run.machine import peak_memory_gb
 from dpo_helpers.tokens import EncodedPair, epoch_order
-from dpo_helpers.training import DPOObjective, train
 
 Result = dict[str, Any]
 SWEEP = (0.1, 0.5, 1.0, 5.0)
@@ -65,10 +67,8 @@ def ours(work: Workload, pairs: Sequence[EncodedPair], betas: Sequence[float], *
     model = make_model().to(compute.device)
     warm_up(model, compute)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    path = FastPath(model, pairs, FROZEN) if fast else None
-    scores, precompute = timed(
-        compute, lambda: score_pairs(model, pairs, compute, pad_id=0, batch_size=work.batch_size, fast=path)
-    )
+    scorer: Scorer = FastScorer(model, pairs, FROZEN) if fast else PlainScorer(pairs, pad_id=0)
+    scores, precompute = timed(compute, lambda: score_pairs(model, pairs, scorer, compute, batch_size=work.batch_size))
     rows: list[dict[str, Any]] = []
     seconds = 0.0
     for beta in betas:
@@ -76,8 +76,7 @@ def ours(work: Workload, pairs: Sequence[EncodedPair], betas: Sequence[float], *
             for name, parameter in model.named_parameters():
                 if name in start:
                     parameter.copy_(start[name])
-        objective = DPOObjective(scores.chosen, scores.rejected, beta, fast=path)
-        found, took = timed(compute, lambda o=objective: train(model, pairs, o, work.plan(), compute, pad_id=0))
+        found, took = timed(compute, lambda b=beta: train_dpo(model, pairs, scorer, scores, b, work.plan(), compute))
         rows += found
         seconds += took
     return {
@@ -122,7 +121,7 @@ def trl(work: Workload, pairs: Sequence[EncodedPair], *, tuned: bool, grouped: b
 
     class Trainer(DPOTrainer):  # type: ignore[misc]
         precompute_s = 0.0
-        losses: list[float] = []  # noqa: RUF012  # one run a process
+        losses: list[float] = []  # noqa: RUF012  # one run per process
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset  # token ids already

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from dpo_helpers.device import Compute
+from dpo_helpers.logprobs import PairScores, Scorer
 from dpo_helpers.models import freeze
+from dpo_helpers.run.gradients import InParts
+from dpo_helpers.run.pairs import load_pairs
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import load_pairs
 from dpo_helpers.tokens import EncodedPair, encode_pairs
-from dpo_helpers.training import TrainPlan
+from dpo_helpers.training import DPOObjective, MetricsRow, TrainPlan, train
 
 FROZEN = 8  # of 12 blocks, and the embeddings
 BETA = 0.1
@@ -51,6 +54,15 @@ def make_model() -> Any:
     model = GPT2LMHeadModel(GPT2Config()).eval()
     freeze(model, FROZEN)
     return model
+
+
+def train_dpo(
+    model: Any, pairs: Sequence[EncodedPair], scorer: Scorer, reference: PairScores, beta: float, plan: TrainPlan,
+    compute: Compute,
+) -> list[MetricsRow]:  # fmt: skip
+    """DPO with the course's loop, as its runs call it: the gradient in parts, which fit into memory and scale fp16."""
+    parts = InParts(plan.micro_batch_size, compute, [p for p in model.parameters() if p.requires_grad])
+    return train(model, pairs, scorer, DPOObjective(reference, beta), plan, compute, gradient=parts)
 
 
 def load_tokenizer(name: str) -> Any:

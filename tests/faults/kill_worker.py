@@ -1,9 +1,9 @@
 """Train, kill with SIGKILL in the middle of an update, go on, compare: `python kill_worker.py tiny|mini FOLDER KILLS`.
 
-Run by test_kill.py in a process of its own, whose forks share one import of torch. Prints a line of JSON a kill.
+Run by test_kill.py in a process of its own, whose forks share one import of torch. Prints a line of JSON per kill.
 
 tiny: a random GPT-2 of 3 blocks on the plain path, dropout on, 30 updates over 6 epochs. mini: the embedded GPT-2 on the
-fast path, as `steps.get_dpo` trains it, 30 updates over 2 epochs with evaluations.
+fast path, as `stages.get_dpo` trains it, 30 updates over 2 epochs with evaluations.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forks import in_a_fork
-from test_training import pairs, plan
+from test_training import pairs, plan, scored, train_in_parts
 
 from conftest import tiny_gpt2
-from dpo_helpers import gradients, steps
-from dpo_helpers.checkpoints import file_hash
 from dpo_helpers.device import Compute
-from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.logprobs import BOTH, PlainScorer
 from dpo_helpers.models import freeze
-from dpo_helpers.resume import OPTIMIZER, ROWS, WEIGHTS, Unfinished
+from dpo_helpers.run import stages
+from dpo_helpers.run.checkpoints import OPTIMIZER, ROWS, WEIGHTS, Checkpoints
+from dpo_helpers.run.disk import file_hash
+from dpo_helpers.run.gradients import InParts
+from dpo_helpers.run.watch import RunWatch
 from dpo_helpers.settings import load_settings
-from dpo_helpers.training import DPOObjective, train
+from dpo_helpers.training import DPOObjective
 
 UPDATES, EVERY = 30, 4
 
 
-class Noisy:
-    """A DPO objective with dropout on, which the course never has: the hardest case for going on exactly."""
+class Noisy(PlainScorer):
+    """The plain path with dropout on, which the course never has: the hardest case for going on exactly."""
 
-    def __init__(self, objective):
-        self.objective = objective
-
-    def __call__(self, model, batch, at):
+    def __call__(self, model, at, sides=BOTH):
         model.train()
         try:
-            return self.objective(model, batch, at)
+            return super().__call__(model, at, sides)
         finally:
             model.eval()
 
@@ -53,10 +52,10 @@ class Noisy:
 def train_tiny(folder: Path) -> None:
     compute, data, policy = Compute(torch.device("cpu"), "fp32"), pairs(20), tiny_gpt2()
     freeze(policy, 1)
-    scores = score_pairs(policy, data, compute, pad_id=0)
-    objective = Noisy(DPOObjective(scores.chosen, scores.rejected, 0.5))
+    objective = DPOObjective(scored(policy, data, compute), 0.5)
     short = plan(epochs=6, batch_size=4, micro_batch_size=2)
-    train(policy, data, objective, short, compute, pad_id=0, unfinished=Unfinished(folder / "tiny", {}, every=EVERY))
+    watch = RunWatch("tiny", Checkpoints(folder / "tiny", {}, every=EVERY), lambda: 0)
+    train_in_parts(policy, data, objective, short, compute, Noisy(data, 0), watch)
 
 
 def train_mini(folder: Path) -> None:
@@ -64,21 +63,21 @@ def train_mini(folder: Path) -> None:
         "mini", runs_dir=str(folder), max_pairs=60, held_out_pairs=12, batch_size=4, micro_batch_size=2, epochs=2,
         prompts=4, max_new_tokens=6, curve_points=3, curve_prompts=2, save_every=EVERY,
     )  # fmt: skip
-    steps.get_dpo(settings)
+    stages.get_dpo(settings)
 
 
 def train_and_die(training, folder: Path, update: int) -> None:
     """Train until `update` (from 1), and die in it: before its first or its second part."""
-    forward, calls = gradients._Step.forward, 0
+    attempt, calls = InParts.attempt, 0
 
-    def counting(step, batch, at):
+    def counting(parts):
         nonlocal calls
         calls += 1
         if calls == 2 * update - update % 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return forward(step, batch, at)
+        return attempt(parts)
 
-    gradients._Step.forward = counting
+    InParts.attempt = counting
     training(folder)
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(name: str, runs: Path) -> None:
-    os.environ.update({f"DPO_{key}": value for key, value in SMALL.items()})
+    points = {"CURVE_POINTS": "2"}  # one on the way of each training, which notebook 6 reads
+    os.environ.update({f"DPO_{key}": value for key, value in (SMALL | points).items()})
     os.environ["DPO_RUNS_DIR"] = str(runs)
     os.environ["MPLBACKEND"] = "Agg"
     status = run_notebook(name)
@@ -31,7 +32,7 @@ def results(runs: Path) -> dict[str, dict[str, str]]:
     found = {}
     for manifest in sorted(runs.rglob("manifest.json")):
         files = json.loads(manifest.read_text())["files"]
-        name = manifest.parent.relative_to(runs / "mini").as_posix()
+        name = manifest.parent.relative_to(runs).as_posix().removeprefix("mini/")
         found[name] = {key: value for key, value in files.items() if key not in ("metrics.jsonl", "README.md")}
         rows = manifest.parent / "metrics.jsonl"
         if rows.is_file():
@@ -43,8 +44,8 @@ def results(runs: Path) -> dict[str, dict[str, str]]:
 def main(folder: Path, numbers: list[str]) -> None:
     torch.set_num_threads(1)
     prepare()  # what is slow to import, once for all forks
-    import_module("dpo_helpers.figures")
-    import_module("dpo_helpers.steps")
+    import_module("dpo_helpers.show.figures")
+    import_module("dpo_helpers.run.stages")
     names = [next((ROOT / "notebooks").glob(f"{number}_*.ipynb")).stem for number in numbers]
     for order, runs in ((names, folder / "forward"), (names[::-1], folder / "backward")):
         for name in order:

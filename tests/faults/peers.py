@@ -43,7 +43,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig, DPOTrainer
 
-from dpo_helpers.models import load_tokenizer, weights_hash
+from dpo_helpers.models import weights_hash
+from dpo_helpers.run.loading import load_tokenizer
 from dpo_helpers.settings import load_settings
 
 ROWS, BATCH, STEPS, AN_EPOCH, POSITIONS, BAD = 24, 4, 12, 6, 64, 7

@@ -1,7 +1,7 @@
 """Save a checkpoint while the disk fails or the process dies: `python saving_worker.py FOLDER`.
 
 Run by test_saving.py in a process of its own. Each attempt is a fork that meets a fault at one point of saving: before an
-operation that changes the disk, or halfway through a write. Prints a line of JSON an attempt.
+operation that changes the disk, or halfway through a write. Prints a line of JSON per attempt.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forks import in_a_fork
 
-from dpo_helpers import resume
-from dpo_helpers.checkpoints import load_manifest
 from dpo_helpers.errors import ArtefactError
-from dpo_helpers.resume import TrainState, Unfinished
+from dpo_helpers.run import checkpoints
+from dpo_helpers.run.checkpoints import Checkpoints, TrainState
+from dpo_helpers.run.disk import load_manifest
 
 MODES = {"kill": None, "disk full": errno.ENOSPC, "read-only": errno.EROFS}
 
@@ -59,7 +59,7 @@ class Faults:
     def install(self) -> None:
         for name in ("mkdir", "chmod", "fsync", "replace", "rename"):
             self.around(os, name)
-        real_open, real_save = io.open, resume.save_file
+        real_open, real_save = io.open, checkpoints.save_file
 
         def faulty_open(file, mode="r", *arguments, **more):
             if not set(mode) & set("wax"):
@@ -80,7 +80,7 @@ class Faults:
             real_save(tensors, path)
             self.point(lambda: os.truncate(path, os.path.getsize(path) // 2))
 
-        io.open, resume.save_file = faulty_open, faulty_save
+        io.open, checkpoints.save_file = faulty_open, faulty_save
 
 
 def state(step: int) -> TrainState:
@@ -91,35 +91,35 @@ def state(step: int) -> TrainState:
 
 
 def save_with_fault(folder: Path, faults: Faults) -> None:
-    unfinished = Unfinished(folder / "dpo", {"beta": 0.5})
+    training = Checkpoints(folder / "dpo", {"beta": 0.5})
     faults.install()
     try:
-        unfinished.save(state(30))
+        training.save(state(30))
     except ArtefactError as error:
         names_it = "step-000030" in str(error) and "--runs-dir" in str(error)  # the path, and the next thing to do
         sys.exit(3 if names_it else 4)
 
 
 def prepare(folder: Path) -> Path:
-    unfinished = Unfinished(folder / "dpo", {"beta": 0.5})
+    training = Checkpoints(folder / "dpo", {"beta": 0.5})
     for step in (10, 20):
-        unfinished.save(state(step))
+        training.save(state(step))
     return folder
 
 
 def newest_is_whole(folder: Path) -> int:
     """The step of the newest checkpoint, after checking that it is exactly what was saved then."""
-    unfinished = Unfinished(folder / "dpo", {"beta": 0.5})
-    for step in unfinished.steps():
-        assert load_manifest(unfinished.folder / f"step-{step:06d}"), "no partial checkpoint has a checkpoint's name"
-    found = unfinished.newest()
+    training = Checkpoints(folder / "dpo", {"beta": 0.5})
+    for step in training.steps():
+        assert load_manifest(training.folder / f"step-{step:06d}"), "no partial checkpoint has a checkpoint's name"
+    found = training.newest()
     assert found, "a checkpoint is left"
     expected = state(found.step)
     assert found.rows == expected.rows
     for got, want in ((found.weights, expected.weights), (found.optimizer, expected.optimizer)):
         assert got.keys() == want.keys()
         assert all(torch.equal(got[key], want[key]) for key in want)
-    halves = [p.name for p in unfinished.folder.iterdir() if p.name.startswith(".step")]
+    halves = [p.name for p in training.folder.iterdir() if p.name.startswith(".step")]
     assert not halves, f"what was half-written is gone: {halves}"
     return found.step
 

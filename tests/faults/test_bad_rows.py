@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from transformers import GPT2TokenizerFast
 
 from conftest import SHARED
-from dpo_helpers import hh, steps
+from dpo_helpers import hh
 from dpo_helpers.errors import DataError
-from dpo_helpers.hh import Finding, Pair, RowsError, parse_row, parse_rows
-from dpo_helpers.mini import preference_rows
-from dpo_helpers.models import load_model, load_tokenizer
+from dpo_helpers.hh import Finding, Pair, parse_row
+from dpo_helpers.run import stages
+from dpo_helpers.run.loading import load_model, load_tokenizer
+from dpo_helpers.run.pairs import RowsError, load_pairs, parse_rows
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import load_pairs
 from dpo_helpers.tokens import encode_pair, encode_pairs, encode_text
+from dpo_helpers.worlds.embedded import preference_rows
 
 ASK = "\n\nHuman: Hi\n\nAssistant:"
 GOOD, OTHER = ASK + " Hello!", ASK + " Go away."
@@ -54,7 +55,7 @@ def test_each_kind_is_reported_with_index_and_reason_among_1000_clean_rows(tmp_p
     run = load_settings(
         "mini", dataset=write(tmp_path / "d.jsonl", rows), max_pairs=None, held_out_pairs=100, runs_dir=str(tmp_path)
     )
-    data = steps.get_data(run)
+    data = stages.get_data(run)
     listed = {r["index"]: r for r in map(json.loads, (tmp_path / "mini/data/rejected.jsonl").read_text().splitlines())}
     reported = sum(
         listed[places[kind]]["reason"].startswith(reason) and listed[places[kind]]["action"] == action
@@ -81,15 +82,15 @@ def test_more_than_5_percent_stops_with_all_of_them_listed_unless_allowed(tmp_pa
     options = {"dataset": write(tmp_path / "d.jsonl", rows), "max_pairs": None, "held_out_pairs": 10}
     run = load_settings("mini", runs_dir=str(tmp_path), **options)
     with pytest.raises(DataError, match=r"6 of 96 rows .*identical; 6 rows, first row 90\).*--allow-dropped") as caught:
-        steps.get_data(run)
+        stages.get_data(run)
     listed = tmp_path / "mini/rejected.jsonl"
     assert str(listed) in str(caught.value)
     assert [json.loads(line)["index"] for line in listed.read_text().splitlines()] == [90, 91, 92, 93, 94, 95]
     assert not (tmp_path / "mini/data").exists()
-    data = steps.get_data(load_settings("mini", runs_dir=str(tmp_path), allow_dropped=True, **options))
+    data = stages.get_data(load_settings("mini", runs_dir=str(tmp_path), allow_dropped=True, **options))
     assert len(data.pairs.dropped) == 6
     with pytest.raises(DataError, match="6 of 96 rows"):
-        steps.get_data(run)
+        stages.get_data(run)
 
 
 def test_pairs_that_differ_only_in_what_is_cut_off_are_dropped(tmp_path):
@@ -100,7 +101,7 @@ def test_pairs_that_differ_only_in_what_is_cut_off_are_dropped(tmp_path):
         "mini", dataset=write(tmp_path / "d.jsonl", rows), max_pairs=None, held_out_pairs=1, runs_dir=str(tmp_path),
         max_length=40, max_prompt_length=20,
     )  # fmt: skip
-    findings = {f.index: f for f in steps.get_data(run).pairs.findings if f.action == "dropped"}
+    findings = {f.index: f for f in stages.get_data(run).pairs.findings if f.action == "dropped"}
     assert findings[60].reason == "responses are identical in the tokens that fit into max_length 40"
 
 
@@ -165,7 +166,7 @@ def gpt2_tokenizer(folder):
     if not folder.is_dir():
         pytest.skip("GPT-2's own tokenizer is not beside this checkout (../shared/data/gpt2-tokenizer)")
     tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer.split_special_tokens = True  # as models.load_tokenizer does
+    tokenizer.split_special_tokens = True  # as loading.load_tokenizer does
     return tokenizer
 
 
@@ -212,7 +213,7 @@ def test_no_text_of_the_real_slice_changes(hh_slice, survived):
 
 def test_a_saved_tokenizer_and_the_model_beside_it_open_as_before(tmp_path, tokenizer):
     """The safe reading of special tokens is a habit of this course, not a change to the tokenizer's files."""
-    from dpo_helpers.models import save_model
+    from dpo_helpers.run.loading import save_model
 
     save_model(load_model(load_settings("mini")), tokenizer, tmp_path)
     again = load_tokenizer(load_settings("mini", model=str(tmp_path)))

@@ -15,12 +15,12 @@ from nbconvert import HTMLExporter
 from payloads import ACTIVE, ALL, ROWS, SCRIPTS, Page
 
 from conftest import ROOT, SMALL
-from dpo_helpers import report
 from dpo_helpers.generation import Response
-from dpo_helpers.mini import preference_rows
-from dpo_helpers.runs import write_jsonl
+from dpo_helpers.run import report
+from dpo_helpers.run.artefacts import write_jsonl
 from dpo_helpers.settings import load_settings
 from dpo_helpers.untrusted import visible
+from dpo_helpers.worlds.embedded import preference_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -72,7 +72,7 @@ def hostile_report(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("hostile")
     name = SCRIPTS["img"] + "{{7*7}}`$x$\x1b[31m\u202e\n"
-    shutil.copytree(ROOT / "dpo_helpers/mini/model", folder / name)
+    shutil.copytree(ROOT / "dpo_helpers/worlds/mini/model", folder / name)
     write_jsonl(folder / f"{SCRIPTS['svg']}\x9b{{{{7*7}}}}.jsonl", hostile_rows())
     small = load_settings(
         "mini", runs_dir=str(folder / "runs"), model=str(folder / name),
@@ -114,7 +114,7 @@ def test_the_report_shows_every_payload_as_text(hostile_report, survived):
     assert all(link.startswith("data:image/png;base64,") for link in found.links)
     shown = [html.escape(visible(text.strip()), quote=False) for text in ALL.values()]
     count = {text: html.unescape(page).count(visible(text.strip())) for text in ALL.values()}
-    # 4 cells a generation, its row of differences, a setting and a version each twice, baselines, device, captions
+    # 4 cells per generation, its row of differences, a setting and a version each twice, baselines, device, captions
     assert min(count.values()) >= 11
     assert all(text.replace('"', "&#34;").replace("'", "&#39;") in page for text in shown)
     names = [SCRIPTS["img"], SCRIPTS["svg"]]
@@ -161,7 +161,7 @@ def test_unescaped_every_script_runs_and_the_reports_policy_alone_stops_them(tmp
     """So that the tests here can fail."""
     (tmp_path / "raw.html").write_text(unescaped() + READER, encoding="utf-8")
     assert marks(chromium(tmp_path / "raw.html", tmp_path)) == set(SCRIPTS)
-    policy = CSP.search((ROOT / "dpo_helpers/report.html.jinja").read_text(encoding="utf-8"))[0]
+    policy = CSP.search((ROOT / "dpo_helpers/run/report.html.jinja").read_text(encoding="utf-8"))[0]
     (tmp_path / "policy.html").write_text(unescaped().replace("<head>", f"<head>{policy}") + READER, encoding="utf-8")
     assert marks(chromium(tmp_path / "policy.html", tmp_path)) == set()
 
@@ -170,11 +170,11 @@ NOTEBOOK = """
 import sys
 sys.path.insert(0, {here!r})
 from payloads import ALL
-from dpo_helpers.display import show_masks, show_side_by_side, show_table, show_text
 from dpo_helpers.errors import DataError
-from dpo_helpers.figures import plot_lengths
 from dpo_helpers.generation import Response
 from dpo_helpers.hh import parse_row
+from dpo_helpers.show.figures import plot_lengths
+from dpo_helpers.show.tables import show_masks, show_side_by_side, show_table, show_text
 from dpo_helpers.tokens import EncodedPair
 
 texts = [*ALL.values()]

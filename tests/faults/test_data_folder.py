@@ -9,9 +9,10 @@ import zipfile
 import pytest
 
 from dpo_helpers.errors import DataError
-from dpo_helpers.mini import preference_rows
+from dpo_helpers.run.pairs import data_identity, load_pairs
+from dpo_helpers.run.rows import MAX_LINE
 from dpo_helpers.settings import load_settings
-from dpo_helpers.sources import MAX_LINE, data_identity, load_pairs
+from dpo_helpers.worlds.embedded import preference_rows
 
 ROWS = preference_rows("train", 80)
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS[:60])
@@ -27,7 +28,7 @@ def texts(pairs):
 
 @pytest.fixture
 def folder(tmp_path):
-    """As HH-RLHF's own: a folder a subset, gzipped JSON lines a split."""
+    """As HH-RLHF's own: a folder per subset, gzipped JSON lines per split."""
     base = tmp_path / "hh"
     (base / "harmless-base").mkdir(parents=True)
     (base / "harmless-base/train.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))

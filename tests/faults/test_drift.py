@@ -10,14 +10,14 @@ import torch
 from pressing import ctrl_c_in_update
 
 from conftest import SMALL, tiny_gpt2
-from dpo_helpers import steps
-from dpo_helpers.checkpoints import file_hash
 from dpo_helpers.errors import ArtefactError
-from dpo_helpers.interrupts import Interrupted
-from dpo_helpers.mini import preference_rows
-from dpo_helpers.models import save_model
-from dpo_helpers.resume import TrainState, Unfinished
+from dpo_helpers.run import stages
+from dpo_helpers.run.checkpoints import Checkpoints, TrainState
+from dpo_helpers.run.disk import file_hash
+from dpo_helpers.run.loading import save_model
+from dpo_helpers.run.signals import Interrupted
 from dpo_helpers.settings import load_settings
+from dpo_helpers.worlds.embedded import preference_rows
 
 
 def write_rows(path, rows):
@@ -42,8 +42,8 @@ def interrupted(own):
         ctrl_c_in_update(2),
         pytest.raises(Interrupted, match=r"dpo: interrupted after update 2 of 4, saved in .*; run the same again"),
     ):
-        steps.get_dpo(own)
-    steps._tokenizer.cache_clear()  # a new session reads files anew
+        stages.get_dpo(own)
+    stages._tokenizer.cache_clear()  # a new session reads the files again
     return own
 
 
@@ -66,8 +66,8 @@ def other_tokenizer(settings):
 
 def other_reference(settings):
     save_model(
-        tiny_gpt2(seed=1, vocab=len(steps._tokenizer(settings)[0]), positions=256),
-        steps._tokenizer(settings)[0],
+        tiny_gpt2(seed=1, vocab=len(stages._tokenizer(settings)[0]), positions=256),
+        stages._tokenizer(settings)[0],
         Path(settings.model),
     )
 
@@ -90,11 +90,11 @@ def test_drift_is_refused_and_lists_exactly_the_changed_keys(interrupted, name, 
     changes, on_disk, keys = CASES[name]
     if on_disk:
         on_disk(interrupted)
-        steps._tokenizer.cache_clear()
+        stages._tokenizer.cache_clear()
     unfinished = interrupted.run_dir / "dpo.unfinished"
     before = hashes(unfinished)
     with pytest.raises(ArtefactError, match="is an unfinished training from other settings or data") as caught:
-        steps.get_dpo(replace(interrupted, **changes))
+        stages.get_dpo(replace(interrupted, **changes))
     listed = set(re.findall(r"([\w.]+): [^;]+? → ", str(caught.value)))
     survived(f"5 drift refused, exactly the changed keys listed: {name}", int(listed == keys), 1)
     assert "--no-resume" in str(caught.value)
@@ -102,9 +102,9 @@ def test_drift_is_refused_and_lists_exactly_the_changed_keys(interrupted, name, 
 
 
 def test_the_same_settings_go_on_to_the_same_model(interrupted, tmp_path, capsys):
-    whole = steps.get_dpo(replace(interrupted, runs_dir=str(tmp_path / "other")))
+    whole = stages.get_dpo(replace(interrupted, runs_dir=str(tmp_path / "other")))
     capsys.readouterr()
-    stage = steps.get_dpo(interrupted)
+    stage = stages.get_dpo(interrupted)
     assert "dpo.unfinished: goes on after update 2" in capsys.readouterr().out
     assert stage.weights_sha256 == whole.weights_sha256
     assert [row["loss"] for row in stage.metrics] == [row["loss"] for row in whole.metrics]
@@ -113,11 +113,11 @@ def test_the_same_settings_go_on_to_the_same_model(interrupted, tmp_path, capsys
 
 def test_what_does_not_decide_the_result_may_change(interrupted):
     """Where the outputs lie, how often is saved, the budget of the store: no reason to refuse."""
-    steps.get_dpo(replace(interrupted, save_every=3, trunk_gb=1.0))
+    stages.get_dpo(replace(interrupted, save_every=3, trunk_gb=1.0))
 
 
-def test_no_resume_sets_aside_and_begins_anew(interrupted, capsys):
-    stage = steps.get_dpo(replace(interrupted, beta=1.0, resume=False))
+def test_no_resume_sets_aside_and_begins_again(interrupted, capsys):
+    stage = stages.get_dpo(replace(interrupted, beta=1.0, resume=False))
     assert "dpo.unfinished: not resumed, set aside as dpo.unfinished.old-1" in capsys.readouterr().out
     assert (interrupted.run_dir / "dpo.unfinished.old-1/step-000002/weights.safetensors").is_file()
     assert stage.manifest["made_from"]["beta"] == 1.0
@@ -125,11 +125,11 @@ def test_no_resume_sets_aside_and_begins_anew(interrupted, capsys):
 
 def test_a_finished_artefact_leaves_another_settings_unfinished_training(interrupted, capsys):
     """β = 0.5 is finished, β = 1 interrupted; loading the first must not throw away the second."""
-    steps.get_dpo(interrupted)
-    unfinished = Unfinished(interrupted.run_dir / "dpo", {"beta": 1.0})
-    unfinished.save(TrainState(3, {"w": torch.ones(2)}, {"w/square_avg": torch.ones(2)}, [], 8, {}))
+    stages.get_dpo(interrupted)
+    other = Checkpoints(interrupted.run_dir / "dpo", {"beta": 1.0})
+    other.save(TrainState(3, {"w": torch.ones(2)}, {"w/square_avg": torch.ones(2)}, [], 8, {}))
     capsys.readouterr()
-    steps.get_dpo(interrupted)
-    assert unfinished.newest().step == 3
-    unfinished.discard()
-    assert not unfinished.folder.exists()
+    stages.get_dpo(interrupted)
+    assert other.newest().step == 3
+    other.discard()
+    assert not other.folder.exists()

@@ -12,12 +12,15 @@ import pytest
 from jupyter_client.manager import KernelManager
 from pressing import ctrl_c_in_update
 from test_cli import small_options
+from test_training import pairs, run, sft
 
 from conftest import ROOT, SMALL
-from dpo_helpers import checkpoints, steps
-from dpo_helpers.checkpoints import holding, start_over, writing
 from dpo_helpers.errors import ArtefactError
-from dpo_helpers.interrupts import Interrupted, finishing_first
+from dpo_helpers.run import disk, stages
+from dpo_helpers.run.checkpoints import Checkpoints
+from dpo_helpers.run.disk import holding, start_over, writing
+from dpo_helpers.run.signals import Interrupted, finishing_first
+from dpo_helpers.run.watch import RunWatch
 from dpo_helpers.settings import load_settings
 
 LONGER = {**SMALL, "max_pairs": 48, "epochs": 3, "batch_size": 4}  # 36 updates: time enough to press Ctrl-C
@@ -47,7 +50,7 @@ def wait_for_updates(run_dir, count=3, process=None, seconds=120):
 def whole(tmp_path_factory):
     """The same training, never interrupted: hash of the weights, losses."""
     settings = load_settings("mini", runs_dir=str(tmp_path_factory.mktemp("whole")), **LONGER)
-    code = f"import torch; torch.set_num_threads(1)\nfrom dpo_helpers import steps, settings\n{asking(settings)}"
+    code = f"import torch; torch.set_num_threads(1)\nfrom dpo_helpers import settings; from dpo_helpers.run import stages\n{asking(settings)}"
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300
     )
@@ -58,7 +61,7 @@ def whole(tmp_path_factory):
 def asking(settings):
     """Source of a cell that trains and prints the hash of the weights."""
     values = {name: getattr(settings, name) for name in (*LONGER, "runs_dir")}
-    return f"stage = steps.get_dpo(settings.load_settings('mini', **{values!r}))\nprint(stage.weights_sha256)"
+    return f"stage = stages.get_dpo(settings.load_settings('mini', **{values!r}))\nprint(stage.weights_sha256)"
 
 
 @pytest.mark.slow(30)
@@ -93,7 +96,11 @@ def test_an_interrupted_cell_can_be_run_again(tmp_path, whole, survived):
     client.start_channels()
     try:
         client.wait_for_ready(timeout=60)
-        client.execute_interactive("from dpo_helpers import steps, settings", timeout=120, output_hook=lambda m: None)
+        client.execute_interactive(
+            "from dpo_helpers import settings; from dpo_helpers.run import stages",
+            timeout=120,
+            output_hook=lambda m: None,
+        )
         cell = client.execute(asking(settings))
         wait_for_updates(tmp_path / "mini")
         manager.interrupt_kernel()
@@ -125,22 +132,17 @@ def test_a_second_signal_stops_at_once_and_the_handlers_come_back():
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_is_not_swallowed(cpu, tmp_path, monkeypatch):
-    from test_training import pairs, plan
-
-    from conftest import tiny_gpt2
-    from dpo_helpers.resume import Unfinished
-    from dpo_helpers.training import sft_objective, train
-
-    real = Unfinished.save
+    real = Checkpoints.save
 
     def saving(self, state):
         if state.step == 6:
             signal.raise_signal(signal.SIGTERM)
         real(self, state)
 
-    monkeypatch.setattr(Unfinished, "save", saving)
-    with pytest.raises(Interrupted, match="interrupted after update 6 of 6"):
-        train(tiny_gpt2(), pairs(), sft_objective, plan(), cpu, pad_id=0, unfinished=Unfinished(tmp_path / "x", {}))
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    with pytest.raises(Interrupted, match="x: interrupted after update 6 of 6") as caught, finishing_first() as asked:
+        run(cpu, sft(pairs()), watch=RunWatch("x", Checkpoints(tmp_path / "x", {}), asked))
+    assert caught.value.signal == signal.SIGTERM
 
 
 def test_an_out_of_memory_training_may_go_on_in_smaller_parts(small):
@@ -148,8 +150,8 @@ def test_an_out_of_memory_training_may_go_on_in_smaller_parts(small):
     from dataclasses import replace
 
     with ctrl_c_in_update(2), pytest.raises(Interrupted):
-        steps.get_dpo(small)
-    stage = steps.get_dpo(replace(small, micro_batch_size=2))
+        stages.get_dpo(small)
+    stage = stages.get_dpo(replace(small, micro_batch_size=2))
     assert [row["step"] for row in stage.metrics if row["split"] == "train"] == [1, 2, 3]
 
 
@@ -176,7 +178,7 @@ def test_interrupted_passes_what_catches_exceptions():
 HOLD = """
 import sys, time
 from pathlib import Path
-from dpo_helpers.checkpoints import holding
+from dpo_helpers.run.disk import holding
 with holding(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -196,9 +198,9 @@ def holder(small):
 
 
 def test_the_second_process_says_who_holds_it(small, holder, monkeypatch, survived):
-    monkeypatch.setattr(checkpoints, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(disk, "WAIT_SECONDS", 0.1)
     with pytest.raises(ArtefactError) as caught:
-        steps.get_dpo(small)
+        stages.get_dpo(small)
     said = str(caught.value)
     named = f"mini/dpo is being made by process {holder.pid} on " in said and "(-c " in said and ", since 20" in said
     survived("second process told who holds the run", int(named and "wait until it is done" in said), 1)
@@ -206,19 +208,19 @@ def test_the_second_process_says_who_holds_it(small, holder, monkeypatch, surviv
 
 
 def test_a_killed_holder_holds_nothing(small, holder, monkeypatch):
-    monkeypatch.setattr(checkpoints, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(disk, "WAIT_SECONDS", 0.1)
     holder.kill()
     holder.wait()
     half = small.run_dir / ".dpo-abcd1234"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    steps.get_dpo(small)
+    stages.get_dpo(small)
     assert not half.exists(), "what a killed process left half-written is removed"
 
 
 def test_fresh_moves_the_run_aside_whole_and_not_while_it_is_held(small, holder, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoints, "WAIT_SECONDS", 0.1)
-    made = steps.get_data(small).sha256
+    monkeypatch.setattr(disk, "WAIT_SECONDS", 0.1)
+    made = stages.get_data(small).sha256
     with pytest.raises(ArtefactError, match=f"process {holder.pid}"):
         start_over(small.run_dir)
     holder.kill()
@@ -228,13 +230,13 @@ def test_fresh_moves_the_run_aside_whole_and_not_while_it_is_held(small, holder,
     aside = small.run_dir.with_name("mini.old-1")
     assert f"{small.run_dir} is moved aside to {aside}" in capsys.readouterr().out
     assert (aside / "data/train.jsonl").is_file()
-    assert steps.get_data(small).sha256 == made
+    assert stages.get_data(small).sha256 == made
     start_over(small.run_dir.with_name("none"))
 
 
 def test_a_run_directory_that_cannot_be_written_names_it(tmp_path):
     (tmp_path / "file").write_text("")
-    for what in (lambda: holding(tmp_path / "file/dpo"), lambda: writing(tmp_path / "file/dpo", {}, {})):
+    for what in (lambda: holding(tmp_path / "file/dpo"), lambda: writing(tmp_path / "file/dpo", {})):
         with pytest.raises(
             ArtefactError, match=r"cannot write .*file/dpo: (Not a directory|File exists); free space or use another"
         ):

@@ -1,37 +1,47 @@
 """9 Out of memory: the micro-batch halves, the passes double, the update stays; at the floor a clear error."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
-from test_training import pairs, run
+from test_training import pairs, run, scored
 
 from conftest import tiny_gpt2
 from dpo_helpers.errors import TrainingError
-from dpo_helpers.evaluation import score_pairs
+from dpo_helpers.logprobs import BOTH, PlainScorer
+from dpo_helpers.run import trained
 from dpo_helpers.training import DPOObjective
 
 
-class OutOfMemory:
-    """DPO losses, but a micro-batch of more than `limit` pairs runs out of memory from update 3 on, halfway through."""
+class OutOfMemory(PlainScorer):
+    """The plain path, but more than `limit` pairs at once run out of memory, by default from update 3 of 4 pairs on."""
 
-    def __init__(self, objective, limit, error):
-        self.objective, self.limit, self.error, self.sizes = objective, limit, error, []
+    def __init__(self, data, limit, error, after=8):
+        super().__init__(data, 0)
+        vars(self).update(limit=limit, error=error, after=after, sizes=[])
 
-    def __call__(self, model, batch, at):
+    def __call__(self, model, at, sides=BOTH):
         self.sizes.append(len(at))
-        if sum(self.sizes) > 8 and len(at) > self.limit:
+        if self.is_too_much(len(at)):
             raise self.error
-        return self.objective(model, batch, at)
+        return super().__call__(model, at, sides)
+
+    def is_too_much(self, size):
+        return sum(self.sizes) > self.after and size > self.limit
 
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
 
 
-def limited(cpu, limit, error, **changes):
+def limited(cpu, limit, error, kind=OutOfMemory, **changes):
+    """(The scorer, the policy, the rows) of a training whose reference is not the policy's start."""
     data = pairs(12)
-    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
-    objective = OutOfMemory(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), limit, error)
-    return objective, *run(cpu, objective, data, **changes)
+    scores = scored(tiny_gpt2(), data, cpu)
+    objective = DPOObjective(replace(scores, chosen=scores.chosen - 1), 0.5)
+    scorer = kind(data, limit, error)
+    return scorer, *run(cpu, objective, data, scorer=scorer, **changes)
 
 
 @pytest.mark.parametrize("error", [CUDA, CPU])
@@ -42,11 +52,11 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(cpu, capsys, erro
     """
     monkeypatch.setattr("dpo_helpers.training.make_optimizer", lambda _, p, rate: torch.optim.SGD(p, lr=rate))
     _, expected_policy, expected = limited(cpu, 4, error)
-    objective, policy, rows = limited(cpu, 1, error)
-    assert objective.sizes[:5] == [4, 4, 4, 2, 1]
-    assert set(objective.sizes[4:]) == {1}, "the smaller size stays"
+    scorer, policy, rows = limited(cpu, 1, error)
+    assert scorer.sizes[:5] == [4, 4, 4, 2, 1]
+    assert set(scorer.sizes[4:]) == {1}, "the smaller size stays"
     said = capsys.readouterr().out
-    assert "out of memory at update 3 with 2 pairs a forward pass: from here on 1" in said
+    assert "out of memory at update 3 with 2 pairs per forward pass: from here on 1" in said
     for key in ("loss", "grad_norm", "reward_margin"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], abs=1e-5), key
     both = list(zip(policy.parameters(), expected_policy.parameters(), strict=True))
@@ -55,7 +65,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(cpu, capsys, erro
 
 
 def test_out_of_memory_with_a_single_pair_is_an_error_that_names_rows(cpu):
-    with pytest.raises(TrainingError, match=r"single pair a forward pass, at update 3 \(rows 10\d") as caught:
+    with pytest.raises(TrainingError, match=r"single pair per forward pass, at update 3 \(rows 10\d") as caught:
         limited(cpu, 0, CUDA)
     assert "--max-length" in str(caught.value)
 
@@ -69,45 +79,29 @@ def test_out_of_memory_after_part_of_a_gradient_counts_nothing_twice(cpu):
     """Parts of two: the second part of update 2 fails, when the first one's gradient is there already."""
 
     class Once(OutOfMemory):
-        def __call__(self, model, batch, at):
-            self.sizes.append(len(at))
-            if len(self.sizes) == self.limit:
-                raise self.error
-            return self.objective(model, batch, at)
+        def is_too_much(self, size):
+            return len(self.sizes) == self.limit
 
-    data = pairs(12)
-    scores = score_pairs(tiny_gpt2(), data, cpu, pad_id=0)
-    runs = []
-    for call in (4, -1):
-        objective = Once(DPOObjective(scores.chosen - 1, scores.rejected, 0.5), call, CUDA)
-        runs.append((objective, run(cpu, objective, data, micro_batch_size=2)[1]))
+    runs = [limited(cpu, call, CUDA, Once, micro_batch_size=2) for call in (4, -1)]
     assert runs[0][0].sizes[:8] == [2, 2, 2, 2, 1, 1, 1, 1]
     for key in ("loss", "grad_norm"):
-        failed, whole = ([row[key] for row in rows[:2]] for _, rows in runs)
+        failed, whole = ([row[key] for row in rows[:2]] for _, _, rows in runs)
         assert failed == pytest.approx(whole, rel=1e-5, abs=1e-5), key
 
 
 @pytest.mark.parametrize("error", [CUDA, CPU])
-def test_scoring_makes_its_batches_smaller_and_gives_the_same_scores(cpu, monkeypatch, error):
-    from dpo_helpers import evaluation
-
-    expected, real, sizes = score_pairs(tiny_gpt2(), pairs(12), cpu, pad_id=0), evaluation.pair_logprobs, []
-
-    def small(model, batch):
-        sizes.append(len(batch.rows))
-        if len(batch.rows) > limit:
-            raise error
-        return real(model, batch)
-
-    monkeypatch.setattr(evaluation, "pair_logprobs", small)
-    limit = 3
-    found = score_pairs(tiny_gpt2(), pairs(12), cpu, pad_id=0)
-    assert sizes == [12, 6, 3, 3, 3, 3]
+def test_scoring_makes_its_batches_smaller_and_gives_the_same_scores(cpu, small, monkeypatch, error):
+    data = SimpleNamespace(train=pairs(12))
+    scorer = OutOfMemory(data.train, 3, error, after=0)
+    monkeypatch.setattr(trained, "scorer_of", lambda *_: scorer)
+    found, expected = trained.score_part(small, data, tiny_gpt2(), "train"), scored(tiny_gpt2(), data.train, cpu)
+    assert scorer.sizes == [12, 6, 3, 3, 3, 3]
     torch.testing.assert_close(found.chosen, expected.chosen, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.rejected, expected.rejected, atol=1e-5, rtol=0)
-    limit = 0
-    with pytest.raises(TrainingError, match=r"single pair a forward pass, at scoring row 10\d: lower --max-length"):
-        score_pairs(tiny_gpt2(), pairs(12), cpu, pad_id=0)
+    scorer = OutOfMemory(data.train, 0, error, after=0)
+    with pytest.raises(TrainingError, match="single pair per forward pass, at scoring train pairs: lower --max-length"):
+        trained.score_part(small, data, tiny_gpt2(), "train")
+    assert scorer.sizes == [12, 6, 3, 2, 1]
 
 
 def test_out_of_memory_in_the_optimiser_is_an_error_that_says_how_to_go_on(cpu, monkeypatch):

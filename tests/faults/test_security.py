@@ -31,16 +31,21 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import ROOT, tiny_gpt2
-from dpo_helpers import cli, display, errors, figures
-from dpo_helpers.card import model_card
-from dpo_helpers.checkpoints import changed_keys, load_manifest, writing
-from dpo_helpers.doctor import describe, examine, read_run
+from dpo_helpers import cli, errors
 from dpo_helpers.errors import CourseError, ModelError
 from dpo_helpers.evaluation import Evaluation
 from dpo_helpers.generation import Response
-from dpo_helpers.models import load_model, load_saved, load_tokenizer, save_model, weights_hash
-from dpo_helpers.runs import read_jsonl, write_jsonl
-from dpo_helpers.settings import load_settings
+from dpo_helpers.lesson.doctor import describe, examine, read_run
+from dpo_helpers.models import weights_hash
+from dpo_helpers.run.artefacts import read_jsonl, write_jsonl
+from dpo_helpers.run.card import model_card
+from dpo_helpers.run.course import notebooks_in
+from dpo_helpers.run.disk import changed_keys, load_manifest, writing
+from dpo_helpers.run.loading import _location, load_model, load_saved, load_tokenizer, model_identity, save_model
+from dpo_helpers.run.sources import source_of
+from dpo_helpers.run.stages import get_data
+from dpo_helpers.settings import GPT2_REVISION, load_settings
+from dpo_helpers.show import figures, tables
 from dpo_helpers.tokens import EncodedPair
 from dpo_helpers.untrusted import one_line, visible
 
@@ -64,7 +69,7 @@ def masks(text):
         def decode(self, ids):
             return text
 
-    return printed(display.show_masks, EncodedPair([1], [2], [3]), Tokenizer())
+    return printed(tables.show_masks, EncodedPair([1], [2], [3]), Tokenizer())
 
 
 def error_of(call, *arguments):
@@ -111,7 +116,7 @@ def command(text, _, monkeypatch):
     def read(folder):
         raise errors.DataError(f"row 3 of {text} has no 'chosen'")
 
-    monkeypatch.setattr("dpo_helpers.doctor.read_run", read)
+    monkeypatch.setattr("dpo_helpers.lesson.doctor.read_run", read)
     result = CliRunner().invoke(cli.app, ["doctor", "x"])
     assert (result.exit_code, result.stderr.count("\n"), result.stderr[:7]) == (2, 1, "error: "), result.stderr
     return result.stdout + result.stderr
@@ -119,8 +124,10 @@ def command(text, _, monkeypatch):
 
 def generate(text, folder, monkeypatch):
     response = Response(f"\n\nHuman: {text}\n\nAssistant:", [1], text, True)
-    monkeypatch.setattr("dpo_helpers.steps.get_generations", lambda settings: {text.replace("/", ""): [response] * 2})
-    monkeypatch.setattr("dpo_helpers.steps.get_final_model", lambda settings: Path(text))
+    monkeypatch.setattr(
+        "dpo_helpers.run.outputs.get_generations", lambda settings: {text.replace("/", ""): [response] * 2}
+    )
+    monkeypatch.setattr("dpo_helpers.run.outputs.get_final_model", lambda settings: Path(text))
     monkeypatch.setenv("DPO_PROFILE", "mini")  # the command writes it
     result = CliRunner().invoke(cli.app, ["generate", "--runs-dir", str(folder)])
     assert result.exit_code == 0, result.output
@@ -128,8 +135,8 @@ def generate(text, folder, monkeypatch):
 
 
 TERMINAL = {
-    "show_text": lambda text, *_: printed(display.show_text, "title", text),
-    "show_text's title": lambda text, *_: printed(display.show_text, text, "text"),
+    "show_text": lambda text, *_: printed(tables.show_text, "title", text),
+    "show_text's title": lambda text, *_: printed(tables.show_text, text, "text"),
     "show_masks": lambda text, *_: masks(text),
     "an error, uncaught": lambda text, *_: raised(text),
     "an error on the command line": command,
@@ -180,23 +187,23 @@ def answers(text):
 
 def shown_as_html(monkeypatch, show, *arguments):
     pages = []
-    monkeypatch.setattr(display, "display", lambda page: pages.append(page.data))
+    monkeypatch.setattr(tables, "display", lambda page: pages.append(page.data))
     show(*arguments)
     return "".join(pages)
 
 
 HTML = {
-    "a cell": lambda text, _: display.html_table([{"a": text}]),
-    "a header": lambda text, _: display.html_table([{text: 1.0}]),
-    "a cell that is no text": lambda text, _: display.html_table([{"a": [Path(text)]}]),
+    "a cell": lambda text, _: tables.html_table([{"a": text}]),
+    "a header": lambda text, _: tables.html_table([{text: 1.0}]),
+    "a cell that is no text": lambda text, _: tables.html_table([{"a": [Path(text)]}]),
     "a prompt": lambda text, patch: shown_as_html(
-        patch, display.show_side_by_side, [text, "q"], {"dpo": answers("text")}
+        patch, tables.show_side_by_side, [text, "q"], {"dpo": answers("text")}
     ),
     "a response": lambda text, patch: shown_as_html(
-        patch, display.show_side_by_side, ["p", "q"], {"dpo": answers(text)}
+        patch, tables.show_side_by_side, ["p", "q"], {"dpo": answers(text)}
     ),
     "a model's name": lambda text, patch: shown_as_html(
-        patch, display.show_side_by_side, ["p", "q"], {text: answers("text")}
+        patch, tables.show_side_by_side, ["p", "q"], {text: answers("text")}
     ),
 }
 
@@ -216,15 +223,15 @@ def test_no_text_becomes_an_element_of_a_table(monkeypatch, survived):
 
 def test_mathjax_leaves_tables_alone():
     """JupyterLab's and nbconvert's MathJax skip elements of these classes; a formula could be a link to anywhere."""
-    table = Page(display.html_table([{"a": 1}])).elements[0]
+    table = Page(tables.html_table([{"a": 1}])).elements[0]
     assert table == "table class"
-    classes = re.match('<table class="([^"]+)">', display.html_table([{"a": 1}]))[1].split()
+    classes = re.match('<table class="([^"]+)">', tables.html_table([{"a": 1}]))[1].split()
     assert {"mathjax_ignore", "tex2jax_ignore"} <= set(classes)
 
 
 def test_no_name_is_rendered_in_the_model_card(survived):
     """As Markdown with HTML let through, as renderers do."""
-    measured = {name: Evaluation(name, 0.5, {"kl": 0.1}, []) for name in ("reference", "sft", "dpo")}
+    measured = {name: Evaluation(name, 0.5, {"kl": 0.1}, [], {}) for name in ("reference", "sft", "dpo")}
     render = mistune.create_markdown(escape=False, plugins=["table"])
 
     def rendered(card):
@@ -253,11 +260,13 @@ def test_no_label_is_read_as_a_formula(tmp_path):
         "repeated_3grams": 0.0, "looping": 0.0, "distinct_2": 0.5, "step": 1,
     }  # fmt: skip
     names = list({**payloads.TEMPLATES, **ALL}.values())  # of ten colours the first are for formulas
-    evaluations = {name: Evaluation(name, 0.5, measured, []) for name in names}
+    evaluations = {name: Evaluation(name, 0.5, measured, [], {}) for name in names}
     figures.plot_lengths({name: [1, 2, 3] for name in names}, tmp_path)
     figures.plot_reward_kl(evaluations, tmp_path)
     figures.plot_text_measures(evaluations, tmp_path)
-    figures.plot_frontier({name: [measured] for name in names}, Evaluation("reference", 0.5, measured, []), tmp_path)
+    figures.plot_frontier(
+        {name: [measured] for name in names}, Evaluation("reference", 0.5, measured, [], {}), tmp_path
+    )
     for file in ("01-lengths", "05-reward-kl", "07-text-measures", "06-frontier"):
         summary = Image.open(tmp_path / f"{file}.png").text["Description"]
         assert "{{7*7}}" in summary
@@ -305,6 +314,14 @@ def model(tmp_path, tokenizer):
     """A model's folder that opens."""
     save_model(tiny_gpt2(), tokenizer, tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def unpickling(monkeypatch):
+    """What torch.load is asked to open, which reads pickles: it opens nothing here."""
+    asked = []
+    monkeypatch.setattr(torch, "load", lambda file, *_, **__: asked.append(Path(file).name) or {})
+    return asked
 
 
 def edit(path, **values):
@@ -361,34 +378,64 @@ def test_beside_safetensors_a_pickled_file_is_not_read(model, marker):
     assert not marker.exists()
 
 
-def test_a_configuration_cannot_name_a_pickled_file_as_the_weights(model):
+def with_transformers_alone(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+
+
+def test_a_configuration_cannot_name_a_pickled_file_as_the_weights(model, unpickling):
     """With transformers alone, `transformers_weights` gets adapter_model.bin opened in spite of use_safetensors."""
     torch.save(tiny_gpt2(seed=1).state_dict(), model / "adapter_model.bin")
     edit(model / "config.json", transformers_weights="adapter_model.bin")
     assert weights_hash(load_model(a_model(str(model)))) == weights_hash(tiny_gpt2())
-    with pytest.raises(ModelError, match=r"adapter_model\.bin is pickled"):
-        load_saved(model)
+    assert weights_hash(load_saved(model)) == weights_hash(tiny_gpt2())
+    assert unpickling == []
+    with_transformers_alone(model)
+    assert unpickling == ["adapter_model.bin"]
 
 
-def test_an_index_cannot_name_a_pickled_file_as_a_part(model):
+def test_an_index_cannot_name_a_pickled_file_as_a_part(model, unpickling):
     """With transformers alone, an index of safetensors gets a .bin file opened in spite of use_safetensors."""
     weights = tiny_gpt2().state_dict()
     torch.save(weights, model / "pytorch_model.bin")
     (model / "model.safetensors").rename(model / "decoy.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin is pickled"):
-        load_model(a_model(str(model)))
-    assert torch.load.__name__ == "load", "refusing ends with the loading"
+    assert f"index.json names 'pytorch_model.bin', which is refused: only {SAFE}" in refused(model)
+    for load, where in ((model_identity, a_model(str(model))), (load_saved, model)):
+        with pytest.raises(ModelError, match=r"names 'pytorch_model\.bin', which is refused"):
+            load(where)
+    assert unpickling == []
+    error_of(with_transformers_alone, model)
+    assert unpickling == ["pytorch_model.bin"]
+
+
+SAFE = ".safetensors beside it are read"
+
+
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "sub/x.safetensors", "/etc/x.safetensors", "x.bin.safetensors.pt"]
+)
+def test_an_index_leads_to_files_beside_it_only(name, model):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": name}}))
+    assert refused(model).endswith(f"names {name!r}, which is refused: only {SAFE}")
+
+
+def test_an_index_of_safetensors_beside_it_is_followed(model):
+    """Weights in parts, as large models have them."""
+    load_saved(model).save_pretrained(model / "parts", max_shard_size=4000)
+    assert len(list((model / "parts").glob("model-*.safetensors"))) > 1
+    assert weights_hash(load_model(a_model(str(model / "parts")))) == weights_hash(tiny_gpt2())
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_a_configuration_cannot_name_a_kernel_to_fetch(key, model):
     """With transformers alone, this is code from the Hub where the kernels package is installed."""
     edit(model / "config.json", **{key: "somebody/kernel"})
-    loaded = load_model(a_model(str(model)))
-    assert weights_hash(loaded) == weights_hash(tiny_gpt2())
-    assert loaded.config._attn_implementation == "sdpa"
+    for loaded in (load_model(a_model(str(model))), load_saved(model)):
+        assert weights_hash(loaded) == weights_hash(tiny_gpt2())
+        assert loaded.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("beside", ["a model", "a .gguf file"])
@@ -488,17 +535,17 @@ def hostile(tmp_path, marker, monkeypatch):
 
 
 def test_a_manifest_is_read_as_json_only(hostile, marker, tmp_path, small):
-    from dpo_helpers.steps import get_data
-
-    with writing(tmp_path / "a", hostile, hostile) as folder:
-        (folder / "x").write_text("x")
+    with writing(tmp_path / "a", hostile) as draft:
+        (draft.folder / "x").write_text("x")
+        draft.about.update(hostile)
     manifest = load_manifest(tmp_path / "a")
     assert (manifest["made_from"], manifest["about"]) == (hostile, hostile)
     assert len(changed_keys(hostile, {})) == len(hostile)
 
-    with writing(small.run_dir / "data", hostile, hostile) as folder:
-        (folder / "train.jsonl").write_text(json.dumps(hostile))
-    assert len(get_data(small).train) == small.max_pairs, "made anew"
+    with writing(small.run_dir / "data", hostile) as draft:
+        (draft.folder / "train.jsonl").write_text(json.dumps(hostile))
+        draft.about.update(hostile)
+    assert len(get_data(small).train) == small.max_pairs, "made again"
 
     run = a_run(tmp_path / "run", "x")
     (run / "dpo/manifest.json").write_text(json.dumps({"made_from": hostile, "about": hostile}))
@@ -559,9 +606,9 @@ ONLY = {"trust_remote_code": False, "shell": False, "allow_pickle": False, "weig
 HUB = {"load_dataset", "hf_hub_download", "snapshot_download", "cached_file", "from_pretrained"}
 # calls that need no revision, and why: (file, first argument)
 LOCAL = {
-    ("models.py", "folder"): "load_saved: a folder that a step has written",
-    ("models.py", "where"): "what models._location gives: a local folder, or a name with a commit",
-    ("07_generations.ipynb", "final"): "the folder that the step has just written",
+    ("loading.py", "folder"): "load_saved: a folder that a stage has written",
+    ("loading.py", "where"): "what loading._location gives: a folder on this machine",
+    ("07_generations.ipynb", "final"): "the folder that the stage has just written",
 }
 
 
@@ -634,8 +681,8 @@ def lint_call(node, names, file, used):
         found.append(f"{line}: a template without autoescape")
     if name in ("markupsafe.Markup", "jinja2.Markup"):
         found.append(f"{line}: text is called safe")
-    if name == "IPython.display.HTML" and file != "display.py":
-        found.append(f"{line}: HTML outside display.py")
+    if name == "IPython.display.HTML" and file != "tables.py":
+        found.append(f"{line}: HTML outside tables.py")
     if last in HUB:
         key = file, first.value if isinstance(first, ast.Constant) else ast.unparse(first) if first else ""
         if key in LOCAL and used is not None:
@@ -654,14 +701,14 @@ def code_of(notebook):
 
 
 PACKAGE = sorted((ROOT / "dpo_helpers").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+NOTEBOOKS = notebooks_in(ROOT / "notebooks", beyond=True)
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 STRICT = {path.name for path in PACKAGE}
 
 
 def test_nothing_is_evaluated_unpickled_unpinned_or_rendered():
     assert len(PACKAGE) >= 40
-    assert len(NOTEBOOKS) == 7
+    assert len(NOTEBOOKS) >= 9
     used, found = set(), []
     for path in (*PACKAGE, *BENCHMARKS, *NOTEBOOKS):
         found += lint(code_of(path) if path in NOTEBOOKS else path.read_text(encoding="utf-8"), path.name, used)
@@ -708,7 +755,7 @@ BAD = {
     "import jinja2; jinja2.Environment()": "a template without autoescape",
     "import jinja2; jinja2.Environment(autoescape=False)": "autoescape is not True",
     "from markupsafe import Markup; Markup(text)": "text is called safe",
-    "from IPython.display import HTML; HTML(text)": "HTML outside display.py",
+    "from IPython.display import HTML; HTML(text)": "HTML outside tables.py",
     "from IPython.display import Markdown": "imports IPython.display.Markdown",
     "import IPython.display as d; d.Javascript(text)": "uses IPython.display.Javascript",
     TransformerManager().transform_cell("!rm -r {folder}"): "uses get_ipython.system",
@@ -737,18 +784,27 @@ def test_the_lint_lets_pass(source):
 
 def test_the_package_has_to_say_that_it_trusts_no_code():
     source = "from transformers import AutoModel\nAutoModel.from_pretrained(x, revision=r)"
-    (problem,) = lint(source, "models.py")
+    (problem,) = lint(source, "loading.py")
     assert problem.endswith("AutoModel.from_pretrained does not say trust_remote_code=False")
 
 
-def test_what_is_loaded_from_the_hub_has_a_commit():
-    """Of LOCAL's `where`: for a name of the Hub it holds 40 hex digits, never a branch."""
-    from dpo_helpers.models import _location
+def test_what_is_loaded_from_the_hub_has_a_commit(model, monkeypatch):
+    """Of LOCAL's `where`: a folder; of a model of the Hub the one that was fetched by 40 hex digits, never by a branch."""
+    asked = []
 
-    with _location(load_settings("gpt2")) as where:
-        assert re.fullmatch("[0-9a-f]{40}", where["revision"])
-    with _location(load_settings("mini")) as where:
-        assert Path(where["pretrained_model_name_or_path"]).is_dir()
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for profile in ("gpt2", "mini"):
+        with _location(source_of(load_settings(profile), "model")) as where:
+            assert set(where) == {"pretrained_model_name_or_path"}
+            assert Path(where["pretrained_model_name_or_path"]).is_dir()
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("openai-community/gpt2", GPT2_REVISION)
+    assert re.fullmatch("[0-9a-f]{40}", revision)
+    assert not [pattern for pattern in patterns if pattern.endswith((".py", "*", *PICKLED))]
 
 
 TEMPLATE = {
@@ -765,7 +821,7 @@ LEAKS = {
     "requests from every page": r"disable_check_xsrf\s*=\s*True|allow_origin\s*=\s*['\"]?\*",
 }
 FILES = ["Makefile", "README.md", "CONTRIBUTING.md", "environment.yml", "pyproject.toml", "benchmarks/README.md",
-         *(f"notebooks/{path.name}" for path in NOTEBOOKS)]  # fmt: skip
+         *(path.relative_to(ROOT).as_posix() for path in (*NOTEBOOKS, *sorted((ROOT / "docs").glob("*.md"))))]  # fmt: skip
 
 
 def matches(patterns, text):
@@ -790,7 +846,7 @@ def test_the_text_lint_finds(bad, name):
 
 
 def test_the_reports_template_calls_nothing_safe():
-    assert matches(TEMPLATE, (ROOT / "dpo_helpers/report.html.jinja").read_text(encoding="utf-8")) == []
+    assert matches(TEMPLATE, (ROOT / "dpo_helpers/run/report.html.jinja").read_text(encoding="utf-8")) == []
     for bad in ("{{ x|safe }}", "<script>", "<b onclick='x'>", "<img alt={{ x }}>", "<img src='https://x.org/y'>"):
         assert len(matches(TEMPLATE, bad)) == 1, bad
 

@@ -91,7 +91,7 @@ class Packed(Protocol):
 
 
 def _rows(flat: Packed) -> list[torch.Tensor]:
-    """The rows that attention is computed in, as tokens, without padding: a place counts where its position is its own."""
+    """The rows of attention, as tokens, without padding: a place counts where its position is its own."""
     rows = [row for group in flat.groups for row in group.cpu()]
     return [row[flat.positions.cpu()[row] == torch.arange(len(row))] for row in rows]
 
