@@ -34,7 +34,7 @@ def mean_and_error(values: Tensor | Sequence[float]) -> tuple[float, float]:
 def bootstrap_mean(
     values: Tensor | Sequence[float], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron 1979): the means of samples drawn from the values, with replacement.
+    """Percentile bootstrap interval of a mean (Efron 1979): of means of samples drawn with replacement.
 
     values: one per pair or prompt, [n], n > 0; they must be independent of each other.
     """

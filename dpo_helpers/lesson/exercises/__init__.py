@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import beta, beyond, data, frozen, kl, loss, pairs, reference, sft, steps, text, weights
+from . import beta, beyond, data, frozen, kl, loss, pairs, reference, rows, sft, steps, text, weights, wins
 from .core import Exercise, Mistake, Verdict, find
 from .faults import FAULTS, judge_fault
 
@@ -16,7 +16,7 @@ __all__ = ["EXERCISES", "FAULTS", "Exercise", "Mistake", "Verdict", "check", "ch
 
 EXERCISES: dict[str, Exercise] = {
     exercise.number: exercise
-    for module in (data, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, beyond)
+    for module in (data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond)
     for exercise in module.EXERCISES
 }
 

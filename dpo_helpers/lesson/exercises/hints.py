@@ -85,7 +85,7 @@ def _proportional(wanted: Sequence[Any], got: Sequence[Any], tolerance: float) -
         return ""
     want = torch.cat([a.flatten().double() for a, _ in tensors if a is not None])
     have = torch.cat([b.flatten().double() for _, b in tensors if b is not None])
-    if len(want.unique()) < 3 or not (want.isfinite().all() and have.isfinite().all()):
+    if len(set(want.tolist())) < 3 or not (want.isfinite().all() and have.isfinite().all()):
         return ""
     factor, offset = ((have * want).sum() / (want * want).sum()).item(), (have - want).mean().item()
     if abs(factor) > tolerance and torch.allclose(have / factor, want, rtol=tolerance, atol=tolerance):

@@ -123,6 +123,20 @@ def show(value: Any, digits: int = 4) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
+def show_both(want: Any, got: Any, tolerance: float) -> tuple[str, str]:
+    """Two values that differ, so that it shows: with more digits if need be, or from where they differ on."""
+    for digits in (4, 8, 16):
+        shown = show(want, digits), show(got, digits)
+        if shown[0] != shown[1]:
+            return shown
+    a, b = (value.flatten().tolist() if isinstance(value, Tensor) else value for value in (want, got))
+    if not (isinstance(a, (list, tuple)) and isinstance(b, (list, tuple))):
+        return shown
+    differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if not same(x, y, tolerance)]
+    start = differ[0] if differ else min(len(a), len(b))
+    return f"… {show(list(a[start:]))}", f"… {show(list(b[start:]))}"
+
+
 def _text(value: Any, digits: int) -> str:
     if isinstance(value, Tensor):
         few = value.numel() <= SHOWN // 2

@@ -99,7 +99,8 @@ def watch_update(update: Callable[..., Any], kind: str, rate: float, beta: float
         before = _weights(policy)
         row = update(step, policy, optimizer, batch, reference, beta, rate, WARMUP, limit)
         seen |= {mode: seen[mode] or policy.training or reference.training, graph: seen[graph] or _hangs(row)}
-        seen["the type of a row"] = "dict" if isinstance(row, Mapping) else None if row is None else type(row).__name__
+        nothing = row is None or row is ...
+        seen["the type of a row"] = "dict" if isinstance(row, Mapping) else None if nothing else type(row).__name__
         for key in KEYS:
             value = row.get(key) if isinstance(row, Mapping) else None
             seen[f'"{key}" of step {step}'] = value.detach() if isinstance(value, Tensor) else value

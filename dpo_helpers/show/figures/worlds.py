@@ -177,7 +177,7 @@ def plot_plane_filling(
 ) -> str:
     """The reward-KL plane after each quarter of the trainings: the path of each run so far, on the same axes.
 
-    frontier: points of each run by name, as `run.measures.get_frontier` gives them; reference: measured, where all start.
+    frontier: points of each run by name, as `run.measures.get_frontier` gives them; reference: where all start.
     The reward is the true one where it is known, otherwise the implicit margin.
     """
     key = "true_reward" if "true_reward" in reference.metrics else "reward_margin"
