@@ -1,8 +1,8 @@
-"""What waiting threads cost: `python -m benchmarks.threads` (about ten minutes on a quiet machine).
+"""What waiting threads cost: `python -m benchmarks.threads` (two minutes, on a quiet machine).
 
-The same DPO training (320 embedded pairs, 40 updates, the course's loop and fast path) in a process of its own, with
-OpenMP's default, whose threads spin while they wait, and with OMP_WAIT_POLICY=passive, which the package sets: alone,
-and with a second copy beside it. Alternating, medians; result in benchmarks/results/threads.json.
+A loop of small matrix products on all cores, in a process of its own: with OpenMP's default, whose threads spin while
+they wait, and with OMP_WAIT_POLICY=passive, which the package sets; alone, and beside one other busy process. Rounds
+per second, alternating, medians; the result is in benchmarks/results/threads.json.
 """
 
 from __future__ import annotations
@@ -12,54 +12,51 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 
 RESULT = Path(__file__).parent / "results" / "threads.json"
 REPEATS = 5
-# torch is loaded before the package, so that what the package sets comes too late and only the environment counts
-WORKER = """
-import sys, time
-import torch
-from dataclasses import replace
-from dpo_helpers.lesson.faulty import good_setup, train_faulty
-from dpo_helpers.settings import load_settings
-good = good_setup(load_settings("mini", runs_dir=sys.argv[1]))
-started = time.perf_counter()
-train_faulty(good, "training")
-print(time.perf_counter() - started)
+LOOP = """
+import time, torch
+a, b = torch.randn(128, 256), torch.randn(256, 512)
+for _ in range(50):
+    (a @ b).relu()
+started, rounds = time.perf_counter(), 0
+while time.perf_counter() - started < 3:
+    for _ in range(20):
+        (a @ b).relu()
+    rounds += 20
+print(rounds / (time.perf_counter() - started))
 """
 
 
-def start(policy: str | None, runs: str) -> subprocess.Popen[str]:
-    """A training in a process of its own; it prints its seconds, set-up left out."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "DPO_"))}
-    env |= {"TQDM_DISABLE": "1"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
-    return subprocess.Popen([sys.executable, "-c", WORKER, runs], env=env, stdout=subprocess.PIPE, text=True)
-
-
-def seconds(policy: str | None, copies: int, runs: str) -> float:
-    """The mean seconds of so many trainings side by side."""
-    found = [worker.communicate()[0].split()[-1] for worker in [start(policy, runs) for _ in range(copies)]]
-    return sum(map(float, found)) / copies
+def rounds(policy: str | None, is_alone: bool) -> float:
+    """Rounds per second of the loop, in a process with this waiting policy."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    env |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    other = None if is_alone else subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        run = subprocess.run([sys.executable, "-c", LOOP], env=env, capture_output=True, text=True, check=True)
+    finally:
+        if other:
+            other.kill()
+    return float(run.stdout)
 
 
 def main() -> None:
     """Measure, print and keep."""
-    cases = [(policy, copies) for copies in (1, 2) for policy in (None, "passive")]
-    times: dict[tuple[str | None, int], list[float]] = {case: [] for case in cases}
-    with tempfile.TemporaryDirectory() as runs:
-        seconds("passive", 1, runs)  # makes data and reference, which the others only load
-        for _ in range(REPEATS):
-            for case in cases:
-                times[case].append(seconds(*case, runs))
-    middle = {case: median(found) for case, found in times.items()}
+    cases = [(policy, is_alone) for is_alone in (True, False) for policy in (None, "passive")]
+    found: dict[tuple[str | None, bool], list[float]] = {case: [] for case in cases}
+    for _ in range(REPEATS):
+        for case in cases:
+            found[case].append(rounds(*case))
+    middle = {case: median(values) for case, values in found.items()}
+    where = {True: "alone", False: "beside a busy process"}
     result = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "seconds": {f"{policy or 'default'}, {n} at once": times[policy, n] for policy, n in cases},
-        "passive / default, alone": middle["passive", 1] / middle[None, 1],
-        "passive / default, two at once": middle["passive", 2] / middle[None, 2],
+        "rounds per second": {f"{policy or 'default'}, {where[alone]}": middle[policy, alone] for policy, alone in cases},
+        "passive / default": {where[alone]: middle["passive", alone] / middle[None, alone] for alone in (True, False)},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
