@@ -55,7 +55,7 @@ def main() -> None:
     where = {True: "alone", False: "beside a busy process"}
     result = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "rounds per second": {f"{policy or 'default'}, {where[alone]}": middle[policy, alone] for policy, alone in cases},
+        "rounds per second": {f"{case[0] or 'default'}, {where[case[1]]}": middle[case] for case in cases},
         "passive / default": {where[alone]: middle["passive", alone] / middle[None, alone] for alone in (True, False)},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
