@@ -142,6 +142,7 @@ SHAPES = {
     "nan": (lambda x: x - x / 0 * 0, "There is a NaN in it"),
     "infinite": (lambda x: x / 0, "There is an infinite number in it"),
     "text": (lambda x: "1 3", "The type should be tensor, and is str"),
+    "two tensors": (lambda x: (x, x), "One tensor is asked for, and you return 2 values"),
     "generator": (lambda x: (i for i in x), "The type should be tensor, and is generator; list(…) makes a list of it"),
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ RELATIONS: Sequence[tuple[str, Change]] = (
     ("That is the square of what is asked for", _each(lambda x: x**2)),
     ("That is the square root of what is asked for", _each(lambda x: x.sqrt())),
     ("You took the absolute value", _each(lambda x: x.abs())),
-    ("You dropped what is below 0", _each(lambda x: x.clamp_min(0))),
+    ("You dropped what is below 0", _each(lambda x: x.clamp_min(0) if (x > 0).any() else x)),
     ("That is the sum of what is asked for", _row(lambda x: x.sum())),
     ("That is the mean of what is asked for", _row(lambda x: x.mean())),
     ("That is minus the mean of what is asked for", _row(lambda x: -x.mean())),
@@ -127,9 +127,12 @@ def hint(want: Any, got: Any, tolerance: float) -> str:
         return f"The type should be {_kind(want)}, and is {got.type}; list(…) makes a list of it"
     if isinstance(want, (list, tuple)) and isinstance(got, (list, tuple)) and len(want) != len(got):
         return f"There should be {len(want)} value{'s' * (len(want) != 1)}, and there are {len(got)}"
+    if isinstance(want, Tensor) and isinstance(got, tuple):
+        return f"One tensor is asked for, and you return {len(got)} values"
     a, b = as_tensor(want), as_tensor(got)
     if a is None or b is None:
-        return "" if type(want) is type(got) else f"The type should be {_kind(want)}, and is {_kind(got)}"
+        alike = type(want) is type(got) or (isinstance(want, (list, tuple)) and isinstance(got, (list, tuple)))
+        return "" if alike else f"The type should be {_kind(want)}, and is {_kind(got)}"
     if a.shape != b.shape:
         right = a.numel() == b.numel() and same(a.flatten(), b.flatten(), tolerance)
         start = "The values are right, but the shape" if right else "The shape"

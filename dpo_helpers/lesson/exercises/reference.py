@@ -187,6 +187,10 @@ EXERCISES = (
                     "probabilities of tokens multiply; what adds up are their logarithms",
                     _scored(lambda logits: logits.softmax(dim=-1)),
                     (lambda *batch: _scored(lambda logits: logits.softmax(dim=-1))(*batch).log(),)),
+            Mistake("The mask makes the product 0",
+                    "a probability of 0 stands for every token that does not count, and the product is 0; in a sum of "
+                    "logarithms the same mask only leaves them out",
+                    lambda logits, ids, attention, mask: (_each_token(logits, ids).exp() * mask[:, 1:]).prod(dim=-1)),
             Mistake("The softmax is taken first and its logarithm after",
                     "a small probability becomes 0 in 32 bits, and its logarithm −∞; log_softmax keeps it",
                     _scored(lambda logits: logits.softmax(dim=-1).log())),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import io
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -16,10 +18,6 @@ from .values import Raised, show
 
 PRINTED = 2_000  # characters that an answer may print
 TOO_SLOW = object()
-
-
-class _Stop(SystemExit):
-    """Ends a thread that takes too long; Python reports no SystemExit that leaves a thread."""
 
 
 class _Few(io.StringIO):
@@ -41,31 +39,46 @@ def limited(work: Callable[[], Any], seconds: float) -> Any:
 
     It runs in a thread of its own, which works in a notebook, in a test and on every system: so this side can stop
     waiting, and a KeyboardInterrupt on this side is the user's own and goes through, while one that the learner's code
-    raises is an answer. A thread that is too slow is stopped. That fails where Python itself gets no turn, such as in
-    a long sleep; the thread is then left alone, and does not keep the program from ending.
+    raises is an answer. A thread that is too slow is stopped.
     """
     found: list[Any] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
             found.append(work())
-        except _Stop:
-            pass
         except BaseException as error:  # SystemExit and KeyboardInterrupt of the learner's code too
             found.append(raised(error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    with redirect_stdout(_Few(sys.stdout)):
-        try:
-            thread.start()
-            thread.join(seconds)
         finally:
-            for _ in range(20):  # code that catches everything catches the first one too
-                if not thread.is_alive():
-                    break
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stop))
-                thread.join(0.01)
-    return found[0] if found else TOO_SLOW
+            done.set()
+
+    end = time.monotonic() + seconds
+    with redirect_stdout(_Few(sys.stdout)):
+        thread = _thread.start_new_thread(run, ())  # unlike threading.Thread, it may end by SystemExit without a word
+        try:
+            while not done.is_set() and time.monotonic() < end:
+                done.wait(min(0.1, seconds))  # in short steps, or Ctrl-C may have to wait for it
+            in_time = done.is_set()
+        finally:
+            _stop(thread, done)
+    return found[0] if in_time else TOO_SLOW
+
+
+def _stop(thread: int, done: threading.Event) -> None:
+    """Raise SystemExit in a thread until it has ended, for half a second at most.
+
+    Code that catches everything catches it too, unless it comes just between two rounds; so it is raised often, and the
+    threads take turns often. What never gets there, such as a long sleep, is left alone: it costs nothing, and does not
+    keep the program from ending.
+    """
+    interval, end = sys.getswitchinterval(), time.monotonic() + 0.5
+    sys.setswitchinterval(1e-5)
+    try:
+        while not done.is_set() and time.monotonic() < end:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+            done.wait(1e-5)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def safely_shown(value: Any) -> str:
@@ -81,5 +94,5 @@ def raised(error: BaseException, function: Any = None) -> Raised:
         file = getattr(getattr(function, "__code__", None), "co_filename", None)
         lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         return Raised(name, one_line(str(error)), one_line(lines[-1] or "") if lines else "")
-    except Exception:  # an error whose text raises
+    except BaseException:  # an error whose text raises, and whatever that is
         return Raised(name, "")
