@@ -1,7 +1,11 @@
+import json
+from pathlib import Path
+
 import pytest
 
+from dpo_helpers.errors import CourseError
 from dpo_helpers.settings import load_settings
-from dpo_helpers.show.checks import check, check_that
+from dpo_helpers.show.checks import EXPECTED, check, check_that
 
 
 def test_prints_the_expectation_not_the_value(capsys):
@@ -47,3 +51,26 @@ def test_where_and_on_what_a_run_is_made_does_not_change_what_is_claimed_but_how
             check_that("a", False, only=settings)
     else:
         check_that("a", False, only=settings)
+
+
+def test_a_value_that_is_to_be_predicted_is_looked_up_by_name(capsys):
+    check("megabytes", 178.45)
+    assert capsys.readouterr().out == "megabytes: 178.5 ok (tolerance 0.1)\n"
+    with pytest.raises(AssertionError, match=r"megabytes: got 180, want 178\.5 ± 0\.1"):
+        check("megabytes", 180.0)
+    with pytest.raises(CourseError, match="expected.json has no value for 'gigabytes'"):
+        check("gigabytes", 1.0)
+
+
+def test_every_recorded_value_is_shown_by_a_notebook():
+    folder = Path(__file__).parent.parent / "notebooks"
+    shown = set()
+    for path in [*folder.glob("0*.ipynb"), *folder.glob("beyond/*.ipynb")]:
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", []):
+                shown |= {
+                    line.split(": ")[0] if line.count(": ") == 1 else line.rpartition(": ")[0]
+                    for line in output.get("text", [])
+                }
+    recorded = json.loads(EXPECTED.read_text())
+    assert recorded.keys() <= shown, recorded.keys() - shown

@@ -152,6 +152,8 @@ BROKEN = {
     "recap": (without("next notebook", "rest"), "what comes next"),
     "references": (without("- ", "* "), "two references"),
     "predictions": (without("**Predict", "**Guess"), "0 predictions"),
+    "first a word": (without('predict("4.2", "")', "pass"), r'does not begin with predict\("4\.2", ""\)'),
+    "spoiled": (without('check("ratio", (ends[0] / ends[1]).item())', 'check("ratio", 1, 20.1, 0.1)'), "stands in its source"),
     "practice": (without("> **In practice", "> **Note"), "0 boxes"),
     "quiz": (without("<summary>Answer</summary>"), "the quiz has 0 answers"),
     "exercise": (without("Exercise 4.2"), r"exercise 4\.2 is not announced"),

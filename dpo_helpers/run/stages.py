@@ -10,7 +10,7 @@ and made again, and a line says why. Notebooks and the command line call the sam
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,17 @@ def _read_data(settings: Settings, folder: Path, manifest_sha256: str) -> Data:
 
 def get_base(settings: Settings) -> ModelArtefact:
     """The plain model, before any training, with its log-probabilities. Artefact: reference/."""
-    data, serves = get_data(settings), settings.init_from == "base"
+    data = get_data(settings)
     made_from = {
         "model": model_identity(settings),
         "data": data.sha256,
         "tokenizer": data.tokenizer_sha256,
-        "scores_training_pairs": serves,
         **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length")},
     }
     with open_artefact(settings, "reference", made_from) as artefact:
         if artefact.mine:
             model = load_model(settings).to(compute_of(settings).device)
-            save_with_scores(artefact, settings, data, model, [], training_pairs=serves)
+            save_with_scores(artefact, settings, data, model, [], training_pairs=True)
             artefact.about["model_commit"] = source_of(settings, "model").commit()
     return as_model("reference", artefact)
 
@@ -133,7 +132,7 @@ def _sft(
     return train_model(
         settings, data, name, get_base(settings), SFTObjective(torch.tensor([len(p.chosen) for p in data.train])),
         plan_of(settings, settings.sft_epochs, rate), made_from={"objective": "sft"}, curve_row=curve_row,
-        first_pairs=first_pairs, scores_training_pairs=name == "sft" and settings.init_from == "sft",
+        first_pairs=first_pairs, scores_training_pairs=name == "sft",
     )  # fmt: skip
 
 
@@ -147,6 +146,13 @@ def get_dpo(settings: Settings, beta: float | None = None) -> ModelArtefact:
 
     name = "dpo" if beta == settings.beta else f"sweep/beta-{beta:g}"
     return train_dpo(settings, get_data(settings), name, objective, settings.learning_rate, curve_row=_row)
+
+
+def get_dpo_from_sft(settings: Settings) -> ModelArtefact:
+    """DPO as in the paper, whatever the settings' start: policy and π_ref both begin as SFT. Artefact: dpo-from-sft/."""
+    objective = dpo_objective(settings, settings.beta, get_sft(settings).scores("train"))
+    name, settings = "dpo-from-sft", replace(settings, init_from="sft")
+    return train_dpo(settings, get_data(settings), name, objective, settings.learning_rate)
 
 
 def get_hot_dpo(settings: Settings) -> ModelArtefact:

@@ -7,9 +7,11 @@ writes `notebooks/exercises/`.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def problems(notebook: Notebook) -> list[str]:
     """What of the skeleton a notebook lacks, a line each; empty if it is whole."""
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     text = "\n\n".join(prose)
-    return [*_opening(notebook), *_order(text), *_counts(text), *_exercises(notebook)]
+    return [*_opening(notebook), *_order(text), *_counts(text), *_predictions(notebook), *_exercises(notebook)]
 
 
 def _opening(notebook: Notebook) -> Iterator[str]:
@@ -154,6 +156,22 @@ def _counts(text: str) -> Iterator[str]:
     quiz = text.rpartition("## Quiz")[2].partition("## What you have done")[0]
     if (count := quiz.count("<summary>Answer</summary>")) != 5:
         yield f"the quiz has {count} answers that fold out, not five"
+
+
+def _predictions(notebook: Notebook) -> Iterator[str]:
+    """Each **Predict is followed by a cell that lets the learner commit first, and whose source gives no answer."""
+    number, count = notebook.cells[0].source[2:3], 0
+    for cell, result in pairwise(notebook.cells):
+        if cell.cell_type != "markdown" or "**Predict" not in cell.source or "solution" in tags(result):
+            continue
+        count += 1
+        wanted = f'predict("{number}.{count}", "")'
+        if result.source.split("\n")[0] != wanted:
+            yield f"the cell below a prediction does not begin with {wanted}"
+        calls = [node for node in ast.walk(ast.parse(result.source)) if isinstance(node, ast.Call)]
+        for call in calls:
+            if ast.unparse(call.func) == "check" and len(call.args) > 2 and ast.unparse(call.args[2]) != "0.0":
+                yield f"the answer to prediction {number}.{count} stands in its source: {ast.unparse(call)}"
 
 
 def _exercises(notebook: Notebook) -> Iterator[str]:

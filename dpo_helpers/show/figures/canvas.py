@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from ...untrusted import one_line
 
 COLOURS = sns.color_palette("colorblind")
-MODEL_COLOUR = {"reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0]}
-MODEL_MARKER = {"reference": "o", "sft": "s", "dpo": "D"}
+MODEL_COLOUR = {"reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0], "dpo-from-sft": COLOURS[2]}
+MODEL_MARKER = {"reference": "o", "sft": "s", "dpo": "D", "dpo-from-sft": "P"}
 
 
 def new(
