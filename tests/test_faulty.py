@@ -10,6 +10,7 @@ from conftest import ROOT, SMALL
 from dpo_helpers.errors import CourseError
 from dpo_helpers.lesson import exercises, faulty
 from dpo_helpers.lesson.exercises import FAULTS
+from dpo_helpers.lesson.exercises.core import Verdict
 from dpo_helpers.lesson.exercises.faults import PUZZLES, WITH_IT, judge_fault
 from dpo_helpers.logprobs import PlainScorer
 from dpo_helpers.models import freeze, weights_hash
@@ -239,6 +240,7 @@ def test_every_guess_has_its_sentence(letter, capsys):
         exercises.check_fault(letter, f" {name.upper()} ")
         said[name] = capsys.readouterr().out
     right = said.pop(puzzle.fault)
+    assert [name for name in FAULTS if judge_fault(letter, name).kind == "right"] == [puzzle.fault]
     assert right == f"run {letter}: right\n  seen in the curves: {puzzle.shown_by}\n  remedy: {puzzle.remedy}\n"
     assert len(set(said.values())) == len(said)
     for name, text in said.items():
@@ -250,12 +252,14 @@ def test_every_guess_has_its_sentence(letter, capsys):
 
 @pytest.mark.parametrize("nothing", [None, ...])
 def test_no_guess_is_no_mistake(nothing):
-    assert judge_fault("A", nothing) == "not answered yet"
+    assert judge_fault("A", nothing) == Verdict("unanswered", "not answered yet")
 
 
 @pytest.mark.parametrize("guess", ["bug", 3, "\x1b[2J"])
 def test_a_name_that_is_not_in_the_list_is_told_the_list(guess):
-    text = judge_fault("A", guess)
+    verdict = judge_fault("A", guess)
+    text = verdict.text
+    assert verdict.kind == "wrong"
     assert all(name in text for name in FAULTS)
     assert "\x1b" not in text
 

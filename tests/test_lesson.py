@@ -144,6 +144,7 @@ BROKEN = {
     "title": (without("# 4 · ", "# Four: "), "the title"),
     "goals": (without("**Learn:**"), r"no \*\*Learn:\*\*"),
     "time": (without("CPU"), "time on CPU and GPU"),
+    "the reader's time": (without("minutes to read"), "the reader's own minutes"),
     "time on a GPU": (without("on a GPU as long", "on a GPU: not measured"), "time on CPU and GPU"),
     "shared cells": (drop("symbols"), "the shared cells are"),
     "picture": (without("explore_loss(", "print("), "the idea has no picture"),

@@ -149,7 +149,7 @@ def get_dpo(settings: Settings, beta: float | None = None) -> ModelArtefact:
 
 
 def get_dpo_from_sft(settings: Settings) -> ModelArtefact:
-    """DPO as in the paper, whatever the settings' start: policy and π_ref both begin as SFT. Artefact: dpo-from-sft/."""
+    """DPO as in the paper, whatever the settings' start: from SFT, which is π_ref too. Artefact: dpo-from-sft/."""
     objective = dpo_objective(settings, settings.beta, get_sft(settings).scores("train"))
     name, settings = "dpo-from-sft", replace(settings, init_from="sft")
     return train_dpo(settings, get_data(settings), name, objective, settings.learning_rate)

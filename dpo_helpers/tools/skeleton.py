@@ -108,6 +108,8 @@ def _opening(notebook: Notebook) -> Iterator[str]:
     for word in ("Do", "Learn", "Need"):
         if f"**{word}:**" not in first:
             yield f"the opening has no **{word}:**"
+    if not re.search(r"\d+ minutes to read, \d+ for the exercise", first):
+        yield "the opening does not say the reader's own minutes"
     if not re.search(r"(minute|second)s?[^\n]*CPU[^\n]*on a GPU (as long|[^\n;]*(\d|N) (minute|second)s)", first):
         yield "the opening does not say the time on CPU and GPU"
     found = [tag for cell in notebook.cells for tag in tags(cell) if tag in SHARED]

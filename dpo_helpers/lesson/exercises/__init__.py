@@ -31,4 +31,4 @@ def check(number: str, answer: Any) -> None:
 
 def check_fault(run: str, guess: Any) -> None:
     """Print the verdict on a guess which fault a run of `lesson.faulty` has: a name of FAULTS, for "A" to "F"."""
-    print(f"run {run}: {judge_fault(run, guess)}")
+    print(f"run {run}: {judge_fault(run, guess).text}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CourseError
+from .core import Verdict
 from .running import safely_shown
 
 AVERAGED = "averaged log-probabilities"
@@ -170,7 +171,7 @@ PUZZLES: dict[str, Puzzle] = {
 }
 
 
-def judge_fault(run: str, guess: Any) -> str:
+def judge_fault(run: str, guess: Any) -> Verdict:
     """The verdict on a guess for one run: right, with sign and remedy, or what in the curves speaks against it.
 
     CourseError if there is no such run.
@@ -178,11 +179,11 @@ def judge_fault(run: str, guess: Any) -> str:
     if run not in PUZZLES:
         raise CourseError(f"there is no run {run!r}; there are {', '.join(PUZZLES)}")
     if guess is None or guess is ...:
-        return "not answered yet"
+        return Verdict("unanswered", "not answered yet")
     name = " ".join(guess.lower().split()) if isinstance(guess, str) else ""
     if name not in FAULTS:
-        return f"{safely_shown(guess)} is not in the list; choose from: {'; '.join(FAULTS)}"
+        return Verdict("wrong", f"{safely_shown(guess)} is not in the list; choose from: {'; '.join(FAULTS)}")
     puzzle = PUZZLES[run]
     if name == puzzle.fault:
-        return f"right\n  seen in the curves: {puzzle.shown_by}\n  remedy: {puzzle.remedy}"
-    return f'not yet\n  with "{name}" {puzzle.against.get(name, WITH_IT[name])}'
+        return Verdict("right", f"right\n  seen in the curves: {puzzle.shown_by}\n  remedy: {puzzle.remedy}")
+    return Verdict("wrong", f'not yet\n  with "{name}" {puzzle.against.get(name, WITH_IT[name])}', name)

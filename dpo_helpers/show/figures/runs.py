@@ -128,22 +128,24 @@ def _point(axis: Axes, evaluation: Evaluation, key: str, name: str, colour: Any,
     )  # fmt: skip
 
 
-def plot_reward_kl(evaluations: Mapping[str, Evaluation], folder: Path | None = None) -> str:
+def plot_reward_kl(
+    evaluations: Mapping[str, Evaluation], folder: Path | None = None, name: str = "05-reward-kl"
+) -> str:
     """Models on the reward-KL plane: implicit reward margin, and true reward where it is known, against the KL."""
     known = all("true_reward" in e.metrics for e in evaluations.values())
     figure, axes = new(2 if known else 1)
-    for name, evaluation in evaluations.items():
-        colour, marker = MODEL_COLOUR.get(name, COLOURS[0]), MODEL_MARKER.get(name, "o")
-        _point(axes[0], evaluation, "reward_margin", name, colour, marker)
+    for model, evaluation in evaluations.items():
+        colour, marker = MODEL_COLOUR.get(model, COLOURS[0]), MODEL_MARKER.get(model, "o")
+        _point(axes[0], evaluation, "reward_margin", model, colour, marker)
         if known:
-            _point(axes[1], evaluation, "true_reward", name, colour, marker)
+            _point(axes[1], evaluation, "true_reward", model, colour, marker)
     titles = ("Reward margin on held-out pairs", "True reward of sampled answers")
     for axis, title in zip(axes, titles, strict=False):
         axis.set(xlabel="KL(π_θ‖π_ref), nats per response", ylabel=title.split(" o")[0].lower(), title=title)
         axis.legend()
     key = "true_reward" if known else "reward_margin"
     points = ", ".join(f"{n} ({e.metrics['kl']:.2f}, {e.metrics[key]:.2f})" for n, e in evaluations.items())
-    return finish(figure, folder, "05-reward-kl", f"(KL, {key.replace('_', ' ')}) with standard errors: {points}.")
+    return finish(figure, folder, name, f"(KL, {key.replace('_', ' ')}) with standard errors: {points}.")
 
 
 def plot_sweep(
