@@ -117,6 +117,17 @@ def test_values_are_those_that_an_evaluation_averages(small, monkeypatch):
         assert mean_and_error(value) == pytest.approx((metrics[key], metrics[f"{key}_se"]), rel=1e-6, abs=1e-7), key
 
 
+@pytest.mark.parametrize("main", ["base", "sft"])
+def test_the_other_start_is_sft_whatever_the_main_run_starts_from(small, main):
+    settings = replace(small, init_from=main)
+    model, sft = stages.get_dpo_from_sft(settings), stages.get_sft(settings)
+    assert model.manifest["made_from"]["reference"] == sft.weights_sha256
+    assert model.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert model.weights_sha256 != sft.weights_sha256
+    if main == "sft":
+        assert model.weights_sha256 == stages.get_dpo(settings).weights_sha256
+
+
 def test_init_from_sft_starts_both_models_there(small):
     """The paper's variant: π_ref is the SFT model, so at step 0 loss is ln 2 against it."""
     settings = replace(small, init_from="sft")
