@@ -12,7 +12,6 @@ from .ideas import (
 from .runs import (
     plot_dpo,
     plot_frontier,
-    plot_gradient_weight,
     plot_lengths,
     plot_reward_kl,
     plot_sft,
@@ -23,6 +22,7 @@ from .runs import (
 )
 from .worlds import (
     explore_loss,
+    plot_gradient_weight,
     plot_loss_and_weight,
     plot_mass,
     plot_optimum_frontier,

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...losses import dpo_loss
 from ...tokens import PairBatch
-from .canvas import COLOURS, MODEL_COLOUR, finish, label, new, quoted, shorten, token_text
+from .canvas import COLOURS, MODEL_COLOUR, SIDE_COLOUR, finish, label, legend, new, quoted, shorten, token_text
 
 REFERENCE, POLICY = MODEL_COLOUR["reference"], MODEL_COLOUR["dpo"]
-CHOSEN, REJECTED, PROMPT = COLOURS[2], COLOURS[3], COLOURS[7]
+PROMPT, CHOSEN, REJECTED = SIDE_COLOUR.values()
 PARTS = {"padding": (0.93, 0.93, 0.93), "prompt": PROMPT, "response": COLOURS[0], "its end-of-text": COLOURS[1]}
 IN_ONE_ROW = 48  # bars of tokens: more of them go on in another row
 IN_ONE_LINE = 98  # characters of running text that fit on nine inches
@@ -42,16 +42,16 @@ def plot_batch_layout(batch: PairBatch, pad_id: int, folder: Path | None = None)
     kinds = real.int() + response.int() + (response & ~after & (ids == pad_id)).int()  # [2B, T], an index of PARTS
     counts = [int((kinds == kind).sum()) for kind in range(len(PARTS))]
     height, width = kinds.shape
-    figure, (axis,) = new(width=9, height=1.7 + 0.26 * height, layout="constrained")
+    figure, (axis,) = new(width=9, height=1.2 + 0.26 * height)
     axis.grid(False)
     colours = ListedColormap(list(PARTS.values()))
     axis.pcolormesh(kinds.numpy(), cmap=colours, vmin=-0.5, vmax=3.5, edgecolors="white", lw=0.5 if width < 150 else 0)
     names = [f"{side}, pair {row}" for side in ("chosen", "rejected") for row in batch.rows]
     axis.set(xlabel="position", ylim=(height, 0), yticks=np.arange(height) + 0.5, yticklabels=names)
-    axis.set_title("What is where in the batch", pad=30)
+    axis.set_title("What is where in the batch")
     axis.tick_params(length=0)
     handles = [Patch(color=PARTS[part], label=part) for part in ("prompt", "response", "its end-of-text", "padding")]
-    axis.legend(handles=handles, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    legend(axis, handles)
     _, prompt, inside, ends = counts
     summary = (
         f"{height // 2} pairs are {height} rows of {width} positions: {prompt} prompt tokens, {inside + ends} response "
@@ -65,7 +65,7 @@ def plot_token_logprobs(tokens: Sequence[str], logps: Sequence[float], folder: P
     both = list(zip(tokens, logps, strict=True))
     rows = math.ceil(len(both) / IN_ONE_ROW)
     each = math.ceil(len(both) / rows)
-    figure, axes = new(rows=rows, width=9, height=2.4 if rows > 1 else 3.0, layout="constrained")
+    figure, axes = new(rows=rows, width=9, height=2.4 if rows > 1 else 3.0)
     surprise, least = min(logps), list(logps).index(min(logps))
     for row, axis in enumerate(axes):
         part = both[row * each : (row + 1) * each]
@@ -122,7 +122,7 @@ def plot_pair_mask(flat: Packed, tokens: Sequence[str], folder: Path | None = No
     n = len(part)
     names = [token_label(token, 12) for token, _ in zip(tokens, range(n), strict=True)]
     size = min(8.6, max(4.6, 3.4 + 0.17 * n))
-    figure, (axis,) = new(width=size, height=0.93 * size, layout="constrained")
+    figure, (axis,) = new(width=size, height=0.93 * size)
     axis.grid(False)
     colours = ListedColormap(["white", PROMPT, CHOSEN, REJECTED])
     shown = torch.where(reads, part[:, None] + 1, 0).numpy()
@@ -144,7 +144,7 @@ def plot_pair_mask(flat: Packed, tokens: Sequence[str], folder: Path | None = No
     axis.set_title("Which token reads which")
     kinds = ((PROMPT, "prompt"), (CHOSEN, "chosen"), (REJECTED, "rejected"))
     handles = [Patch(color=colour, label=kind) for colour, kind in kinds]
-    axis.legend(handles=handles, title="reads", fontsize="small", title_fontsize="small", loc="upper right")
+    legend(axis, handles, "reads")
     across = int((reads & (part[:, None] * part[None, :] == 2)).sum())
     counts = part.bincount(minlength=3).tolist()
     summary = (
@@ -165,7 +165,7 @@ def plot_token_logratios(
     lines = [_lines(tokens) for tokens in sides.values()]
     counts = [len(found) for found in lines]
     height = (1.6 + 0.27 * sum(counts)) / 2
-    figure, axes = new(rows=2, width=9, height=height, layout="constrained", height_ratios=counts)
+    figure, axes = new(rows=2, width=9, height=height, height_ratios=counts)
     largest = max((abs(x) for tokens in sides.values() for _, x in tokens), default=0.0) or 1.0
     colours = ScalarMappable(Normalize(-largest, largest), plt.get_cmap("PuOr_r"))
     parts = []
@@ -220,13 +220,13 @@ def plot_one_pair(
     ratios = [p - r for p, r in zip(policy, reference, strict=True)]
     margin = rewards[0] - rewards[1]
     wide = [1.7, 1, 1, 1]  # the first has four bars with their values
-    figure, axes = new(4, width=2.25, height=3.3, layout="constrained", width_ratios=wide)
+    figure, axes = new(4, width=2.25, height=3.3, width_ratios=wide)
     sides = ["chosen", "rejected"]
     _bars(axes[0], [-0.2, 0.8], reference, [REFERENCE] * 2, width=0.4)
     _bars(axes[0], [0.2, 1.2], policy, [POLICY] * 2, width=0.4)
     axes[0].set(xticks=[0, 1], xticklabels=sides, title="log-probability")
     handles = [Patch(color=REFERENCE, label="π_ref"), Patch(color=POLICY, label="π_θ")]
-    axes[0].legend(handles=handles, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    legend(axes[0], handles)
     for axis, values, title in ((axes[1], ratios, "log-ratio"), (axes[2], rewards, f"reward, β = {beta:g}")):
         _bars(axis, [0, 1], values, [CHOSEN, REJECTED])
         axis.set(xticks=[0, 1], xticklabels=sides, title=title)
@@ -259,7 +259,7 @@ def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], folder: P
     union = dict.fromkeys(tokens[i] for i in range(longest) for tokens in ranked if i < len(tokens))
     best = {token: max(found.get(token, 0.0) for found in probabilities.values()) for token in list(union)[:8]}
     tokens = sorted(best, key=lambda token: -best[token])
-    figure, (axis,) = new(width=9, height=3.4, layout="constrained")
+    figure, (axis,) = new(width=9, height=3.4)
     width = 0.8 / max(1, len(probabilities))
     for i, (name, found) in enumerate(probabilities.items()):
         x = np.arange(len(tokens)) + (i - (len(probabilities) - 1) / 2) * width
@@ -269,7 +269,7 @@ def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], folder: P
     axis.set_xticklabels([token_label(token) for token in tokens])
     axis.grid(False, axis="x")
     axis.locator_params(axis="y", nbins=6)
-    axis.legend()
+    legend(axis)
     first = [(name, found, order[0]) for (name, found), order in zip(probabilities.items(), ranked, strict=True)]
     likeliest = ", ".join(f"{name} {quoted(token)} with {found[token]:.2f}" for name, found, token in first)
     return finish(figure, folder, "07-next-tokens", f"The likeliest first token of each model: {likeliest}.")

@@ -15,16 +15,30 @@ from ...evaluation import Evaluation
 from ...training import MetricsRow
 from ...worlds.tabular import TabularWorld
 from .. import study
-from .canvas import COLOURS, MODEL_COLOUR, MODEL_MARKER, finish, label, new
+from .canvas import (
+    COLOURS,
+    MODEL_COLOUR,
+    MODEL_MARKER,
+    SIDE_COLOUR,
+    beta_style,
+    finish,
+    label,
+    legend,
+    new,
+    plot_start,
+    run_style,
+    scale_kl,
+)
 
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]], folder: Path | None = None) -> str:
     """Histograms of token lengths, by name ("prompt", "chosen", "rejected")."""
     figure, (axis,) = new(width=6)
-    for colour, (name, values) in zip(COLOURS, lengths.items(), strict=False):
+    for name, values in lengths.items():
+        colour = SIDE_COLOUR.get(name, COLOURS[0])
         sns.histplot(x=list(values), ax=axis, label=label(name), color=colour, element="step", alpha=0.25, bins=30)
     axis.set(xlabel="tokens", ylabel="pairs", title="Lengths of the training pairs")
-    axis.legend()
+    legend(axis)
     means = ", ".join(f"{name} {np.mean(list(values)):.0f}" for name, values in lengths.items())
     return finish(figure, folder, "01-lengths", f"Histogram of token lengths; mean lengths: {means} tokens.")
 
@@ -65,28 +79,11 @@ def plot_sft(rows: Sequence[MetricsRow], folder: Path | None = None) -> str:
     figure, (axis,) = new(width=6)
     curve(axis, rows, "loss", "loss", COLOURS[1])
     axis.set(xlabel="update", ylabel="nats per token", title="SFT: negative log-likelihood of chosen responses")
-    axis.legend()
+    legend(axis)
     held = [row["loss"] for row in rows if row["split"] == "held_out"]
     return finish(
         figure, folder, "03-sft",
         f"SFT loss on held-out chosen responses goes from {held[0]:.2f} to {held[-1]:.2f} nats per token.",
-    )  # fmt: skip
-
-
-def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0.1, 0.5, 1.0, 5.0)) -> str:
-    """The DPO loss, and the weight β·σ(−margin) of its gradient, over the log-ratio margin, for several β."""
-    figure, (left, right) = new(2)
-    x = np.linspace(-6, 6, 241)
-    for colour, beta in zip(COLOURS, betas, strict=False):
-        left.plot(x, np.logaddexp(0, -beta * x), color=colour, label=f"β = {beta:g}")
-        right.plot(x, beta / (1 + np.exp(beta * x)), color=colour, label=f"β = {beta:g}")
-    left.set(xlabel="log-ratio margin", ylabel="loss", title="DPO loss", ylim=(0, 4))
-    right.set(xlabel="log-ratio margin", ylabel="β·σ(−reward margin)", title="Weight of the gradient", yscale="log")
-    left.legend()
-    return finish(
-        figure, folder, "04-gradient-weight",
-        "All losses meet at ln 2 where the margin is 0; a larger β is steeper on the wrong side of 0 and flat sooner "
-        "on the right side.",
     )  # fmt: skip
 
 
@@ -111,7 +108,7 @@ def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder:
     titles = ("DPO loss", "Implicit rewards", "Reward margin", "Reward accuracy")
     for axis, title in zip((loss, rewards, margin, accuracy), titles, strict=True):
         axis.set(title=title, xlabel="update")
-        axis.legend(fontsize="small")
+        legend(axis)
     last = [row for row in rows if row["split"] == "held_out"][-1]
     return finish(
         figure, folder, "05-dpo-training",
@@ -120,8 +117,7 @@ def plot_dpo(rows: Sequence[MetricsRow], baselines: Mapping[str, float], folder:
     )  # fmt: skip
 
 
-def _point(axis: Axes, evaluation: Evaluation, key: str, name: str, colour: Any, marker: str) -> None:
-    m = evaluation.metrics
+def _point(axis: Axes, m: MetricsRow, key: str, name: str, colour: Any, marker: str) -> None:
     axis.errorbar(
         m["kl"], m[key], xerr=m["kl_se"], yerr=m[f"{key}_se"], label=label(name), color=colour, marker=marker, ms=8,
         capsize=3, ls="none",
@@ -136,16 +132,34 @@ def plot_reward_kl(
     figure, axes = new(2 if known else 1)
     for model, evaluation in evaluations.items():
         colour, marker = MODEL_COLOUR.get(model, COLOURS[0]), MODEL_MARKER.get(model, "o")
-        _point(axes[0], evaluation, "reward_margin", model, colour, marker)
+        _point(axes[0], evaluation.metrics, "reward_margin", model, colour, marker)
         if known:
-            _point(axes[1], evaluation, "true_reward", model, colour, marker)
+            _point(axes[1], evaluation.metrics, "true_reward", model, colour, marker)
     titles = ("Reward margin on held-out pairs", "True reward of sampled answers")
     for axis, title in zip(axes, titles, strict=False):
         axis.set(xlabel="KL(π_θ‖π_ref), nats per response", ylabel=title.split(" o")[0].lower(), title=title)
-        axis.legend()
+    legend(figure)
     key = "true_reward" if known else "reward_margin"
     points = ", ".join(f"{n} ({e.metrics['kl']:.2f}, {e.metrics[key]:.2f})" for n, e in evaluations.items())
     return finish(figure, folder, name, f"(KL, {key.replace('_', ' ')}) with standard errors: {points}.")
+
+
+def _over_beta(axis: Axes, points: Mapping[float, tuple[float, float]], name: str, colour: Any, style: str) -> None:
+    """A line over β through (value, standard error); each point has the marker of its β, in the colour of the line."""
+    axis.plot(list(points), [value for value, _ in points.values()], color=colour, ls=style, label=name)
+    for beta, (value, error) in points.items():
+        axis.errorbar([beta], [value], yerr=[error], color=colour, marker=beta_style(beta)[1], ms=8, capsize=3)
+
+
+def _beta_axis(axis: Axes, betas: Sequence[float], title: str) -> None:
+    ticks = {"xticks": betas, "xticklabels": [f"{beta:g}" for beta in betas]}
+    axis.set(xscale="log", xlabel="β", title=title, **ticks)
+    axis.minorticks_off()
+
+
+def _measured(sweep: Mapping[float, Evaluation], key: str) -> dict[float, tuple[float, float]]:
+    """(Value, standard error) by β, the smallest first."""
+    return {beta: (sweep[beta].metrics[key], sweep[beta].metrics[f"{key}_se"]) for beta in sorted(sweep)}
 
 
 def plot_sweep(
@@ -162,17 +176,14 @@ def plot_sweep(
         (axes[3], "true_reward" if known else "reward_margin", "mean", COLOURS[2]),
     ]  # fmt: skip
     for axis, key, name, colour in series:
-        values = [evaluations[b].metrics[key] for b in betas]
-        errors = [evaluations[b].metrics[f"{key}_se"] for b in betas]
-        axis.errorbar(betas, values, yerr=errors, label=name, color=colour, marker="o", capsize=3)
+        _over_beta(axis, _measured(evaluations, key), name, colour, "-")
     titles = ("Implicit rewards, held out", "Distance from π_ref", "Reward accuracy, held out",
               "True reward of samples" if known else "Reward margin, held out")  # fmt: skip
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(xscale="log", xlabel="β", title=title, xticks=betas, xticklabels=[f"{b:g}" for b in betas])
-        axis.minorticks_off()
+        _beta_axis(axis, betas, title)
     _baselines(axes[2], baselines)
     for axis in axes[:3]:
-        axis.legend(fontsize="small")
+        legend(axis)
     kls = ", ".join(f"{evaluations[b].metrics['kl']:.2f} at β = {b:g}" for b in betas)
     return finish(figure, folder, "06-beta-sweep", f"Measured KL to the reference: {kls}.")
 
@@ -186,24 +197,23 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
     keys = ("true_reward", "reward_margin") if "true_reward" in reference.metrics else ("reward_margin",)
     figure, axes = new(len(keys), width=5.2, height=4)
     for axis, key in zip(axes, keys, strict=True):
-        for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
-            _path(axis, [row for row in rows if key in row], key, reference.metrics[key], name, colour)
+        for name, rows in runs.items():
+            _path(axis, [row for row in rows if key in row], key, reference.metrics[key], name)
         title = {"true_reward": "True reward of samples", "reward_margin": "Implicit reward margin, held out"}[key]
         axis.set(xlabel="KL(π_θ‖π_ref), nats per response", ylabel=key.replace("_", " "), title=title)
-        axis.set_xscale("symlog", linthresh=1.0)
-    axes[-1].legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
+        scale_kl(axis, max(row["kl"] + row.get("kl_se", 0.0) for rows in runs.values() for row in rows))
+        plot_start(axis, reference.metrics[key])
+    legend(figure)
     ends = ", ".join(f"{name} {rows[-1][keys[0]]:.2f} at KL {rows[-1]['kl']:.2f}" for name, rows in runs.items())
     summary = f"{keys[0].replace('_', ' ').capitalize()} at the end of each training: {ends}."
     return finish(figure, folder, "06-frontier", summary)
 
 
-def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str, colour: Any) -> None:
+def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str) -> None:
+    colour, marker = run_style(name)
     x, y = [0.0, *(row["kl"] for row in points)], [start, *(row[key] for row in points)]
-    axis.plot(x, y, color=colour, lw=1, marker="o", ms=3, label=label(name))
-    last = points[-1]
-    axis.errorbar(
-        last["kl"], last[key], xerr=last["kl_se"], yerr=last[f"{key}_se"], color=colour, marker="D", ms=7, capsize=3
-    )
+    axis.plot(x, y, color=colour, lw=1, marker=".", ms=5)
+    _point(axis, points[-1], key, name, colour, marker)
 
 
 def plot_study(
@@ -234,13 +244,12 @@ def plot_study(
     plane.plot(line, comparison["dpo"].beta * line, color="grey", lw=1, ls="--", label="β × “KL”")
     plane.set(xlabel="“KL” = chosen log-ratio", ylabel="“reward”", title="Reward against “KL”")
     betas = sorted(sweep)
-    by_beta.plot(list(study.SWEEP_KL), list(study.SWEEP_KL.values()), color=theirs, marker="s", label="study, “KL”")
+    _over_beta(by_beta, {beta: (kl, 0.0) for beta, kl in study.SWEEP_KL.items()}, "study, “KL”", theirs, "-")
     for key, name, style in (("chosen_logratio", "ours, “KL”", "-"), ("kl", "ours, measured KL", "--")):
-        values, errors = ([sweep[b].metrics[k] for b in betas] for k in (key, f"{key}_se"))
-        by_beta.errorbar(betas, values, yerr=errors, color=ours, marker="o", ls=style, capsize=3, label=name)
-    by_beta.set(xscale="log", xlabel="β", title="“KL” and measured KL")
+        _over_beta(by_beta, _measured(sweep, key), name, ours, style)
+    _beta_axis(by_beta, sorted({*study.SWEEP_KL, *betas}), "“KL” and measured KL")
     for axis in (loss, plane, by_beta):
-        axis.legend(fontsize="x-small")
+        legend(axis)
     low, high = sweep[betas[0]].metrics, sweep[betas[-1]].metrics
     summary = (
         f"From β = {betas[0]:g} to {betas[-1]:g} the chosen log-ratio goes from {low['chosen_logratio']:.2f} to "
@@ -269,7 +278,7 @@ def plot_tabular(
     right.set(xscale="log", yscale="log", xlabel="preferences", ylabel="total variation to π*")
     right.set_title("What finite data costs")
     for axis in (left, right):
-        axis.legend(fontsize="small")
+        legend(axis)
     text = ", ".join(f"{gap:.3f} with {n:,}" for n, gap in gaps.items())
     return finish(figure, folder, "04-tabular", f"Total variation distance to π* by number of preferences: {text}.")
 
@@ -286,6 +295,7 @@ def plot_text_measures(evaluations: Mapping[str, Evaluation], folder: Path | Non
         colours = [MODEL_COLOUR.get(n, COLOURS[0]) for n in names]
         axis.bar(list(map(label, names)), values, yerr=errors, color=colours, capsize=3)
         axis.set(title=title)
-        axis.tick_params(axis="x", rotation=30)
+        for text in axis.get_xticklabels():
+            text.set(rotation=30, ha="right", rotation_mode="anchor")
     lengths = ", ".join(f"{n} {evaluations[n].metrics['length']:.0f}" for n in names)
     return finish(figure, folder, "07-text-measures", f"Mean length of sampled responses in tokens: {lengths}.")

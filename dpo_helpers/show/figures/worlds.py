@@ -17,7 +17,7 @@ from torch import Tensor
 from ...evaluation import Evaluation
 from ...training import MetricsRow
 from ...worlds.tabular import TabularWorld, dpo_optimum, kl_divergence
-from .canvas import COLOURS, finish, label, new
+from .canvas import COLOURS, beta_style, finish, label, legend, new, plot_start, run_style, scale_kl
 from .runs import curve
 
 MARGINS = (-2.0, 0.0, 3.0)  # of the version of `explore_loss` that needs no widgets
@@ -35,8 +35,7 @@ def plot_mass(
     """
     columns = 2 if len(histories) == 4 else min(3, len(histories))
     rows = math.ceil(len(histories) / columns)
-    height = 2.6 + 0.25 * math.ceil(len(responses) / 4) / rows  # the legend is below
-    figure, axes = new(columns, rows, width=9 / columns, height=height, layout="constrained")
+    figure, axes = new(columns, rows, width=9 / columns, height=2.6)
     colours = COLOURS if len(responses) <= len(COLOURS) else sns.color_palette("viridis", len(responses))
     names = [label(response, 28) for response in responses]
     parts = []
@@ -52,8 +51,7 @@ def plot_mass(
         axis.set_axis_off()
     for axis in axes[::columns]:
         axis.set_ylabel("probability")
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize="small")
+    legend(figure)
     return finish(figure, folder, name, f"Probabilities from first to last update. {'; '.join(parts)}.")
 
 
@@ -62,7 +60,7 @@ def plot_loss_and_weight(margins: Sequence[float], beta: float, folder: Path | N
 
     margins: of log-ratios, without β; the weight β·σ(−β·margin) is the slope of a tangent, with its sign turned.
     """
-    figure, (left, right) = new(2, height=3.2, width=4.5, layout="constrained")
+    figure, (left, right) = new(2, height=3.2, width=4.5)
     end = max(6.0, *(abs(margin) + 1 for margin in margins))
     x = np.linspace(-end, end, 241)
     left.plot(x, np.logaddexp(0, -beta * x), color="grey", lw=1.5)
@@ -81,8 +79,26 @@ def plot_loss_and_weight(margins: Sequence[float], beta: float, folder: Path | N
     right.set_ylim(-0.05 * beta, 1.1 * beta)
     for axis in (left, right):
         axis.set_xlim(-1.05 * end, 1.05 * end)
-        axis.legend(fontsize="small")
+    legend(figure)
     return finish(figure, folder, "04-loss-and-weight", f"With β = {beta:g}, {'; '.join(parts)}.")
+
+
+def plot_gradient_weight(folder: Path | None = None, betas: Sequence[float] = (0.1, 0.5, 1.0, 5.0)) -> str:
+    """The DPO loss, and the weight β·σ(−margin) of its gradient, over the log-ratio margin, for several β."""
+    figure, (left, right) = new(2)
+    x = np.linspace(-6, 6, 241)
+    for beta in betas:
+        colour, marker = beta_style(beta)
+        for axis, y in ((left, np.logaddexp(0, -beta * x)), (right, beta / (1 + np.exp(beta * x)))):
+            axis.plot(x, y, color=colour, marker=marker, markevery=(20, 40), label=f"β = {beta:g}")
+    left.set(xlabel="log-ratio margin", ylabel="loss", title="DPO loss", ylim=(-0.1, 4))
+    right.set(xlabel="log-ratio margin", ylabel="β·σ(−reward margin)", title="Weight of the gradient", yscale="log")
+    legend(figure)
+    return finish(
+        figure, folder, "04-gradient-weight",
+        "All losses meet at ln 2 where the margin is 0; a larger β is steeper on the wrong side of 0 and flat sooner "
+        "on the right side.",
+    )  # fmt: skip
 
 
 def _weight(margin: Any, beta: float) -> Any:
@@ -115,7 +131,7 @@ def explore_loss(beta: float = 0.5, folder: Path | None = None) -> str:
 
 def plot_puzzles(runs: Mapping[str, Sequence[MetricsRow]], folder: Path | None = None) -> str:
     """The curves of several DPO trainings to tell apart: loss, rewards and accuracy, a row of panels a run."""
-    figure, axes = new(3, len(runs), width=3, height=2 + 0.6 / len(runs), layout="constrained")
+    figure, axes = new(3, len(runs), width=3, height=2 + 0.6 / len(runs))
     parts = []
     for i, (name, rows) in enumerate(runs.items()):
         loss, rewards, accuracy = axes[3 * i : 3 * i + 3]
@@ -143,7 +159,7 @@ def plot_puzzles(runs: Mapping[str, Sequence[MetricsRow]], folder: Path | None =
         Line2D([], [], color=COLOURS[3], lw=4, label="rejected"),
         Line2D([], [], color="grey", ls=":", label="ln 2"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
+    legend(figure, handles)
     return finish(figure, folder, "05-puzzles", f"At the end (chosen before rejected): {'; '.join(parts)}.")
 
 
@@ -157,17 +173,18 @@ def plot_optimum_frontier(world: TabularWorld, betas: Sequence[float], folder: P
         best = dpo_optimum(world, beta)
         return kl_divergence(best, world.reference), (best * world.reward).sum().item()
 
-    figure, (axis,) = new(width=6.5, height=4, layout="constrained")
+    figure, (axis,) = new(width=6.5, height=4)
     line = [place(beta) for beta in np.geomspace(20, 0.05, 200)]
     axis.plot(*zip(*line, strict=True), color="grey", lw=1.5, label="π*, β from 20 to 0.05")
     start = (world.reference * world.reward).sum().item()
-    axis.plot([0], [start], color="black", marker="x", ls="none", label="π_ref")
+    plot_start(axis, start)
     points = {beta: place(beta) for beta in sorted(betas, reverse=True)}
-    for colour, marker, (beta, (kl, reward)) in zip(COLOURS, MARKERS, points.items(), strict=False):
+    for beta, (kl, reward) in points.items():
+        colour, marker = beta_style(beta)
         axis.plot([kl], [reward], color=colour, marker=marker, ms=8, ls="none", label=f"β = {beta:g}")
     axis.axhline(world.reward.max().item(), color="grey", ls=":", label="reward of the best response")
     axis.set(xlabel="KL(π*‖π_ref), nats", ylabel="mean reward", title="The best policy at each distance from π_ref")
-    axis.legend(fontsize="small", loc="lower right")
+    legend(axis)
     text = ", ".join(f"{reward:.2f} at KL {kl:.2f} with β = {beta:g}" for beta, (kl, reward) in points.items())
     return finish(figure, folder, "06-optimum-frontier", f"Mean reward of π*: {text}; π_ref has {start:.2f}.")
 
@@ -184,11 +201,12 @@ def plot_plane_filling(
     runs = {name: [row for row in rows if key in row] for name, rows in frontier.items()}
     runs = {name: rows for name, rows in runs.items() if rows}
     start = reference.metrics[key]
-    figure, axes = new(2, 2, width=4.5, height=3, layout="constrained")
+    figure, axes = new(2, 2, width=4.5, height=3)
     parts = []
     for quarter, axis in enumerate(axes, 1):
         best = (start, "the reference", 0.0)
-        for colour, marker, (name, rows) in zip(COLOURS, MARKERS, runs.items(), strict=False):
+        for name, rows in runs.items():
+            colour, marker = run_style(name)
             so_far = [row for row in rows if row["step"] <= math.ceil(rows[-1]["step"] * quarter / 4)]
             x, y = [0.0, *(row["kl"] for row in so_far)], [start, *(row[key] for row in so_far)]
             axis.plot(x, y, color=colour, lw=1.2, marker=".", ms=5)
@@ -196,25 +214,21 @@ def plot_plane_filling(
                 axis.plot(x[-1:], y[-1:], color=colour, lw=1.2, marker=marker, ms=7, label=label(name))
             best = max([best, *((row[key], name, row["kl"]) for row in so_far)])
         parts.append(f"after {quarter}/4 {best[0]:.2f} ({best[1]}, KL {best[2]:.2f})")
-        axis.plot([0], [start], color="black", marker="x", ls="none", label="π_ref")
+        plot_start(axis, start)
         axis.set_title(f"After {quarter}/4 of each training")
     _same_plane(axes, start, [row for rows in runs.values() for row in rows], key)
-    handles, texts = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=5, fontsize="small")
+    legend(figure, axes[-1].get_legend_handles_labels()[0])  # in the others a run may not have begun
     summary = f"Highest {key.replace('_', ' ')} so far: {', '.join(parts)}."
     return finish(figure, folder, "06-plane-filling", summary)
 
 
 def _same_plane(axes: Sequence[Axes], start: float, rows: Sequence[MetricsRow], key: str) -> None:
-    """The same limits on four axes: room for all points, the KL linear up to 1, then logarithmic."""
+    """The same scales and limits on four axes: room for all points."""
     xs, ys = [0.0, *(row["kl"] for row in rows)], [start, *(row[key] for row in rows)]
     room = 0.06 * (max(ys) - min(ys) or 1.0)
     for axis in axes:
-        axis.set_xscale("symlog", linthresh=1.0)
-        ticks = [tick for tick in (0, 0.5, 1, 3, 10, 30, 100, 300, 1000) if tick <= max(1.0, *xs)]
-        axis.set(xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set(xlim=(-0.08, 1.2 * max(xs) + 0.08), ylim=(min(ys) - room, max(ys) + room))
+        scale_kl(axis, max(xs))
+        axis.set_ylim(min(ys) - room, max(ys) + room)
     for axis in axes[2:]:
         axis.set_xlabel(KL_AXIS)
     for axis in axes[::2]:
