@@ -9,8 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection, PolyCollection, QuadMesh
 from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from dpo_helpers.evaluation import Evaluation
@@ -547,27 +552,208 @@ def assert_tidy(figure):
                 box = extent(text)
                 assert sheet.contains(box.x0, box.y0), text.get_text()
                 assert sheet.contains(box.x1, box.y1), text.get_text()
-    for legend in [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]:
+    for legend in legends_of(figure):
         box = extent(legend)
         assert sheet.contains(box.x0, box.y0)
         assert sheet.contains(box.x1, box.y1)
 
 
+# pictures of a run, and what all of them keep to
+
+BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
+
+
+def measured(beta=0.5, kl=1.0, **more):
+    """An evaluation with all that is drawn; every metric but the KL is `beta` or `more`'s."""
+    keys = (
+        "chosen_reward rejected_reward reward_margin true_reward reward_accuracy chosen_logratio length ended "
+        "repeated_3grams looping distinct_2"
+    )
+    metrics = dict.fromkeys(keys.split(), beta) | {"kl": kl} | more
+    return Evaluation("x", beta, metrics | {f"{key}_se": 0.1 for key in metrics}, [], {})
+
+
+def busy():
+    """A training whose curves fill their panels from corner to corner, so that a legend finds no free place in them."""
+    zigzag = [float(i % 2) for i in range(400)]
+    rows = training(zigzag, [(40 * i, float(i % 2)) for i in range(11)])
+    return [one | {"reward_margin": one["loss"], "loss_se": 0.1} for one in rows]
+
+
+def path_of(name, i):
+    points = ((0.1, 2.0), (5.0 + i, -1.0), (30.0, 2.0), (0.5, 0.5))
+    return [measured(kl=kl, true_reward=r, reward_margin=-r).metrics | {"step": s} for s, (kl, r) in enumerate(points)]
+
+
+def run_paths(*names):
+    return {name: path_of(name, i) for i, name in enumerate(names)}
+
+
+MODELS = {
+    name: measured(kl=i / 2, true_reward=i, chosen_logratio=i) for i, name in enumerate(("reference", "sft", "dpo"))
+}
+SWEEP = {beta: measured(beta, kl=(7 * i) % 5, chosen_logratio=-i) for i, beta in enumerate(BETAS)}
+LAB = tabular.make_world(20)
+ALL_RUNS = run_paths("sft", *(f"β = {beta:g}" for beta in BETAS), "hot")
+RUN_PICTURES = {
+    "dpo": lambda: figures.plot_dpo(busy(), {"longer wins": 0.2, "best possible": 0.9}),
+    "frontier": lambda: figures.plot_frontier(ALL_RUNS, MODELS["reference"]),
+    "gradient_weight": lambda: figures.plot_gradient_weight(),
+    "lengths": lambda: figures.plot_lengths({"prompt": range(50), "chosen": [1, 2, 49, 49], "rejected": [9] * 3}),
+    "reward_kl": lambda: figures.plot_reward_kl(MODELS | {"dpo-from-sft": measured(kl=0.0, true_reward=2.0)}),
+    "sft": lambda: figures.plot_sft(busy()),
+    "study": lambda: figures.plot_study(busy(), MODELS, SWEEP),
+    "sweep": lambda: figures.plot_sweep(SWEEP, {"longer wins": 0.2, "best possible": 5.0}),
+    "tabular": lambda: figures.plot_tabular(LAB, {"π*": LAB.reference.flip(0)}, {300: 0.2, 3000: 0.01, 30000: 0.2}),
+    "text_measures": lambda: figures.plot_text_measures(MODELS),
+}
+IDEAS = {name: lambda draw=draw: draw("a", None) for name, draw in PICTURES.items()}
+IDEAS |= {
+    "07-next-tokens": lambda: figures.plot_next_tokens({m: dict.fromkeys("abcdefgh", 0.5) for m in MODELS}),
+    "05-puzzles": lambda: figures.plot_puzzles({"A": busy(), "B": busy()}),
+    "06-optimum-frontier": lambda: figures.plot_optimum_frontier(LAB, BETAS),
+    "06-plane-filling": lambda: figures.plot_plane_filling(ALL_RUNS, MODELS["reference"]),
+    "04-loss-and-weight": lambda: figures.plot_loss_and_weight((-6.0, -3.0, 0.0, 3.0, 5.9), 5.0),
+}
+EVERY = IDEAS | RUN_PICTURES
+
+
+def legends_of(figure):
+    return [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]
+
+
+def covered(figure):
+    """What lies under a legend: lines along their whole way, markers, error bars, bars and areas, and texts."""
+    figure.canvas.draw()
+    boxes = [legend.get_window_extent() for legend in legends_of(figure)]
+    found = [("legend", one) for i, one in enumerate(boxes) if any(one.overlaps(two) for two in boxes[:i])]
+    for box in boxes:
+        for axis in figure.axes:
+            texts = [axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+            texts += [*axis.get_xticklabels(), *axis.get_yticklabels()]
+            found += [text for text in texts if text.get_text() and text.get_window_extent().overlaps(box)]
+            found += [artist for artist in artists_of(axis) if lies_under(artist, box)]
+    return found
+
+
+def artists_of(axis):
+    return [*axis.lines, *axis.patches, *axis.collections]
+
+
+def lies_under(artist, box):
+    if artist.get_clip_on():  # only what is inside the axes is drawn of it
+        box = Bbox.intersection(box, artist.axes.bbox)
+    if box is None:
+        return False
+    to_pixels, point = artist.get_transform(), artist.get_figure().dpi / 72
+    if isinstance(artist, Line2D):
+        along = artist.get_linestyle() != "None" and artist.get_path().transformed(to_pixels).intersects_bbox(
+            box, False
+        )
+        radius = artist.get_markersize() / 2 * point if artist.get_marker() not in ("None", None, "") else 0
+        at = to_pixels.transform(artist.get_xydata())
+        return along or (radius > 0 and bool(box.padded(radius).count_contains(at)))
+    if isinstance(artist, PathCollection):  # a scatter's markers
+        at = artist.get_offset_transform().transform(artist.get_offsets())
+        return bool(box.padded(math.sqrt(max(artist.get_sizes())) / 2 * point).count_contains(at))
+    if isinstance(artist, QuadMesh):
+        return artist.axes.bbox.overlaps(box)
+    paths = [artist.get_path()] if isinstance(artist, Patch) else artist.get_paths()
+    return any(
+        path.transformed(to_pixels).intersects_bbox(box, isinstance(artist, (Patch, PolyCollection))) for path in paths
+    )
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_legend_covers_nothing(name, drawn):
+    EVERY[name]()
+    for figure in drawn:
+        assert covered(figure) == []
+        assert_tidy(figure)
+
+
+def test_what_a_legend_covers_is_seen():
+    """A line that only passes between its two far ends, a marker, an error bar, a bar, an area, a scatter, a label."""
+    for draw in (
+        lambda axis: axis.plot([0, 1], [0, 1]),
+        lambda axis: axis.plot([0.5], [0.5], "o"),
+        lambda axis: axis.errorbar([0.5], [0.1], yerr=0.6, ls="none"),
+        lambda axis: axis.bar([0.5], [1.0]),
+        lambda axis: axis.stackplot([0, 1], [1, 1]),
+        lambda axis: axis.scatter([0.5], [0.5]),
+        lambda axis: axis.pcolormesh(np.zeros((2, 2))),
+        lambda axis: axis.text(0.5, 0.5, "x"),
+    ):
+        figure, axis = plt.subplots()
+        axis.set(xlim=(0, 1), ylim=(0, 1))
+        axis.legend(handles=[Line2D([], [], label="all")], loc="center")
+        assert covered(figure) == []
+        draw(axis)
+        axis.set(xlim=(0, 1), ylim=(0, 1))
+        assert covered(figure) != []
+        plt.close(figure)
+
+
+def looks(figure):
+    """Name -> the (colour, marker) of all that has this name."""
+    found = {}
+    for axis in figure.axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            line = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
+            found.setdefault(name, set()).add((to_rgb(line.get_color()), line.get_marker()))
+    return found
+
+
+def test_a_beta_has_one_look_in_all_figures(drawn):
+    """Whichever other β are drawn and in whatever order, also those that are not the course's."""
+    figures.plot_gradient_weight(betas=(5.0, 0.2, 0.05, 0.5))
+    figures.plot_gradient_weight(betas=BETAS)
+    figures.plot_optimum_frontier(LAB, (1.0, 0.1, 0.2))
+    figures.plot_optimum_frontier(LAB, BETAS)
+    for draw in (figures.plot_plane_filling, figures.plot_frontier):
+        draw(ALL_RUNS, MODELS["reference"])
+        draw(run_paths("hot", "β = 1", "β = 0.2", "sft"), MODELS["reference"])
+    merged = {}
+    for figure in drawn:
+        for name, seen in looks(figure).items():
+            merged.setdefault(name, set()).update(seen)
+    names = {"sft", "hot", "π_ref", *(f"β = {beta:g}" for beta in (*BETAS, 0.2))}
+    merged = {name: seen for name, seen in merged.items() if name in names}
+    assert {name: len(seen) for name, seen in merged.items()} == dict.fromkeys(names, 1)
+    assert len(set.union(*merged.values())) == len(names), "no two look alike"
+    assert (
+        len({marker for seen in merged.values() for _, marker in seen if seen != merged["β = 0.2"]}) == len(names) - 1
+    )
+    models = {"sft": "sft", "hot": "hot", "π_ref": "reference"}
+    for name, model in models.items():
+        assert merged[name] == {(to_rgb(canvas.MODEL_COLOUR[model]), canvas.MODEL_MARKER[model])}
+
+
+def test_over_beta_each_point_has_the_marker_of_its_beta(drawn):
+    RUN_PICTURES["sweep"]()
+    RUN_PICTURES["study"]()
+    for axis in (*drawn[0].axes, drawn[1].axes[2]):
+        points = [(x[0], line.get_marker()) for line in axis.lines if len(x := line.get_xdata()) == 1]
+        assert {beta for beta, _ in points} == set(BETAS)
+        assert {marker for beta, marker in points if beta == 0.1 and marker not in ("|", "_", 2, 3)} == {"^"}
+        for beta, marker in points:
+            assert marker in ("_", canvas.beta_style(beta)[1]), "of a point, or the cap of its error bar"
+
+
+def test_any_beta_has_a_look_of_its_own():
+    """Named with six digits, as in a run's name; extreme values too."""
+    assert canvas.beta_style(1 / 3) == canvas.run_style("β = 0.333333") == canvas.beta_style(0.333333)
+    others = [canvas.beta_style(beta) for beta in (1e-9, 0.02, 0.2, 0.3, 2.0, 10.0, 1e9)]
+    assert len({colour for colour, _ in others}) == 7
+    taken = {*canvas.MODEL_MARKER.values(), *(canvas.beta_style(beta)[1] for beta in BETAS)}
+    assert len(taken) == len(canvas.MODEL_MARKER) + len(BETAS)
+    assert not taken & {marker for _, marker in others}
+    assert canvas.run_style("β = $1$") == canvas.run_style("β = -1")
+
+
 def test_all_pictures_are_here():
-    """A new public picture must be added above, or be one of a run, which other tests draw."""
-    of_runs = {
-        "dpo",
-        "frontier",
-        "gradient_weight",
-        "lengths",
-        "reward_kl",
-        "sft",
-        "study",
-        "sweep",
-        "tabular",
-        "text_measures",
-    }
+    """A new public picture must be added above, so that its legend is looked at."""
     ideas = {"mass" if name == "mass" else name[3:].replace("-", "_") for name in PICTURES}
     public = {name.removeprefix("plot_") for name in figures.__all__ if name.startswith("plot_")}
-    assert public == of_runs | ideas
+    assert public == set(RUN_PICTURES) | ideas
     assert all(hasattr(figures, name) for name in figures.__all__)
