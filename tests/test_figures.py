@@ -618,6 +618,18 @@ IDEAS |= {
 EVERY = IDEAS | RUN_PICTURES
 
 
+def test_a_line_joins_only_what_was_measured_alike(drawn):
+    """The last point, of more prompts, stands apart where another has its update; a run of one point is a line to it."""
+    rows = path_of("β = 1", 0)[:3]
+    ends = [*rows, measured(kl=3.0, true_reward=1.0, reward_margin=1.0).metrics | {"step": rows[-1]["step"]}]
+    figures.plot_frontier({"β = 1": ends, "hot": ends[:1]}, MODELS["reference"])
+    lines = {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines}
+    assert (0.0, *(row["kl"] for row in rows)) in lines
+    assert (0.0, rows[0]["kl"]) in lines
+    figures.plot_plane_filling({"β = 1": ends}, MODELS["reference"])
+    assert not any(3.0 in line.get_xdata() for axis in drawn[-1].axes for line in axis.lines)
+
+
 def legends_of(figure):
     return [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]
 

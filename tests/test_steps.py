@@ -153,6 +153,7 @@ def test_an_unwritable_folder_is_one_clear_error(small, tmp_path):
 
 @pytest.mark.slow
 def test_report_and_final_model(small):
+    small = replace(small, curve_prompts=2)
     path = make_report(small)
     results = json.loads((small.run_dir / "results.json").read_text())
     check_results(results)
@@ -164,8 +165,12 @@ def test_report_and_final_model(small):
     assert 0 < results["data"]["accuracy_baselines"]["longer wins"] < 1
     assert set(results["frontier"]) == {"sft", "β = 0.05", "β = 0.5", "β = 5", "hot"}
     points = results["frontier"]["β = 5"]
-    assert [point["step"] for point in points] == [1, 2, 3]
+    assert [point["step"] for point in points] == [1, 2, 3, 3], "the end twice: of the curve's prompts, and of all"
     assert points[-1]["kl"] == results["sweep"]["5"]["metrics"]["kl"]
+    kls = measures.get_values(small, stages.get_dpo(small, 5.0))["kl"]
+    assert points[-2]["kl"] == pytest.approx(kls[: small.curve_prompts].mean().item(), rel=1e-6)
+    assert points[-2]["kl"] != points[-1]["kl"]
+    assert [len(results["frontier"][name]) for name in ("sft", "hot")] == [4, 1], "hot has no curve"
     low, high = results["models"]["dpo"]["intervals"]["true_reward"]
     assert low <= results["models"]["dpo"]["metrics"]["true_reward"] <= high
     gain = results["differences"]["true_reward: dpo - reference"]

@@ -14,12 +14,13 @@ from ..generation import Response
 from ..logprobs import PairScores
 from ..settings import EMBEDDED, Settings
 from ..training import MetricsRow
-from ..uncertainty import Interval, paired_difference
+from ..uncertainty import Interval, mean_and_error, paired_difference
 from ..worlds import embedded
 from .artefacts import ModelArtefact, open_artefact, read_jsonl, write_jsonl
 from .machine import compute_of
 from .sampled import prompts_to_sample, sample_and_measure, true_rewards
 from .stages import get_base, get_data, get_dpo, get_hot_dpo, get_reference, get_sft, get_sweep
+from .trained import CURVE_PAIRS
 
 KLS = "kls.safetensors"
 
@@ -103,8 +104,9 @@ def get_sweep_evaluations(settings: Settings) -> dict[float, Evaluation]:
 def get_frontier(settings: Settings) -> dict[str, list[MetricsRow]]:
     """Points on the way of each training, in order: SFT, DPO at every β (the frontier's too), and the hot run.
 
-    A point is a row with step (updates done), kl, true_reward where it is known, reward_margin of DPO, each with _se:
-    on `curve_prompts` prompts on the way, at the end on all of them, as `get_evaluation` has it.
+    A point is a row with step (updates done), kl, true_reward where it is known, reward_margin of DPO, each with _se.
+    Those along a training are of the same `curve_prompts` prompts and CURVE_PAIRS pairs, up to its end; the last one,
+    of the same update, is of all, as `get_evaluation` has it. A run without a curve has only that one.
     """
     betas = sorted({*settings.betas, *settings.frontier_betas})
     models = {"sft": get_sft(settings)} | {f"β = {beta:g}": get_dpo(settings, beta) for beta in betas}
@@ -113,8 +115,18 @@ def get_frontier(settings: Settings) -> dict[str, list[MetricsRow]]:
 
 def _points(settings: Settings, model: ModelArtefact) -> list[MetricsRow]:
     updates = max(row["step"] for row in model.metrics)
+    end = {"step": updates, **get_evaluation(settings, model).metrics}
     on_the_way = [row for row in model.metrics if "kl" in row and row["step"] < updates]
-    return [*on_the_way, {"step": updates, **get_evaluation(settings, model).metrics}]
+    if not on_the_way:
+        return [end]
+    values, of_the_same = get_values(settings, model), {"step": updates}
+    for key, count in {
+        "reward_margin": CURVE_PAIRS,
+        **dict.fromkeys(("kl", "true_reward"), settings.curve_prompts),
+    }.items():
+        if key in on_the_way[-1]:
+            of_the_same[key], of_the_same[f"{key}_se"] = mean_and_error(values[key][:count])
+    return [*on_the_way, of_the_same, end]
 
 
 def get_values(settings: Settings, model: ModelArtefact) -> dict[str, Tensor]:

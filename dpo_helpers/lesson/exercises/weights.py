@@ -66,7 +66,7 @@ def _smoothings() -> list[tuple[Tensor, float, float]]:
 
 EXERCISES = (
     Exercise(
-        "4.3", "How hard a pair is pushed", 2, 5, _weight,
+        "4.3", "How hard a pair is pushed", 1, 5, _weight,
         (
             Mistake("The sign inside σ is wrong",
                     "σ(+βh) pushes hardest where the pair is already right; the derivative of −log σ(z) is −σ(−z)",

@@ -119,6 +119,11 @@ def _put_legends_below(figure: Figure) -> None:
     figure.set_figheight(figure.get_figheight() + pixels / figure.dpi)
 
 
+def along(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The points of a run that were measured alike: not the last one, of more prompts, where another has its update."""
+    return rows[:-1] if len(rows) > 1 and rows[-2]["step"] == rows[-1]["step"] else rows
+
+
 def label(name: str, length: int = 40) -> str:
     """A name of data or of a model as a label, shortened: matplotlib would read $…$ in it as a formula."""
     return shorten(one_line(name), length).replace("$", r"\$")

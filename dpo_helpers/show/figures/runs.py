@@ -20,6 +20,7 @@ from .canvas import (
     MODEL_COLOUR,
     MODEL_MARKER,
     SIDE_COLOUR,
+    along,
     beta_style,
     finish,
     label,
@@ -171,7 +172,7 @@ def plot_sweep(
     betas = sorted(evaluations)
     series: list[tuple[Axes, str, str, Any]] = [
         (axes[0], "chosen_reward", "chosen", COLOURS[2]), (axes[0], "rejected_reward", "rejected", COLOURS[3]),
-        (axes[1], "kl", "KL(π_θ‖π_ref)", COLOURS[0]), (axes[1], "chosen_logratio", "chosen log-ratio", COLOURS[4]),
+        (axes[1], "kl", "KL(π_θ‖π_ref)", COLOURS[0]),
         (axes[2], "reward_accuracy", "accuracy", COLOURS[0]),
         (axes[3], "true_reward" if known else "reward_margin", "mean", COLOURS[2]),
     ]  # fmt: skip
@@ -191,8 +192,9 @@ def plot_sweep(
 def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluation, folder: Path | None = None) -> str:
     """Runs along their training on the reward-KL plane (paper, figure 2): true reward, and implicit margin, over KL.
 
-    runs: points of each run by name, as `run.measures.get_frontier` gives them; a line joins them in order, the last is
-    large. reference: measured; it is where all runs start. Without a known true reward only the margin is drawn.
+    runs: points of each run by name, as `run.measures.get_frontier` gives them; a line joins those that were measured
+    alike, the large marker is the last one. reference: measured; it is where all runs start. Without a known true
+    reward only the margin is drawn.
     """
     keys = ("true_reward", "reward_margin") if "true_reward" in reference.metrics else ("reward_margin",)
     figure, axes = new(len(keys), width=5.2, height=4)
@@ -211,7 +213,7 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
 
 def _path(axis: Axes, points: Sequence[MetricsRow], key: str, start: float, name: str) -> None:
     colour, marker = run_style(name)
-    x, y = [0.0, *(row["kl"] for row in points)], [start, *(row[key] for row in points)]
+    x, y = ([at_start, *(row[of] for row in along(points))] for at_start, of in ((0.0, "kl"), (start, key)))
     axis.plot(x, y, color=colour, lw=1, marker=".", ms=5)
     _point(axis, points[-1], key, name, colour, marker)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...evaluation import Evaluation
 from ...training import MetricsRow
 from ...worlds.tabular import TabularWorld, dpo_optimum, kl_divergence
-from .canvas import COLOURS, beta_style, finish, label, legend, new, plot_start, run_style, scale_kl
+from .canvas import COLOURS, along, beta_style, finish, label, legend, new, plot_start, run_style, scale_kl
 from .runs import curve
 
 MARGINS = (-2.0, 0.0, 3.0)  # of the version of `explore_loss` that needs no widgets
@@ -75,7 +75,7 @@ def plot_loss_and_weight(margins: Sequence[float], beta: float, folder: Path | N
         parts.append(f"at margin {margin:g} the loss is {loss:.2f} and the weight {weight:.2f}")
     top = np.logaddexp(0, end * beta)
     left.set(xlabel="log-ratio margin", ylabel="loss", title=f"DPO loss, β = {beta:g}", ylim=(-0.05 * top, 1.05 * top))
-    right.set(xlabel="log-ratio margin", ylabel="β·σ(−β·margin)", title="Weight of the gradient")
+    right.set(xlabel="log-ratio margin", ylabel="steepness of the loss", title="Weight of the gradient")
     right.set_ylim(-0.05 * beta, 1.1 * beta)
     for axis in (left, right):
         axis.set_xlim(-1.05 * end, 1.05 * end)
@@ -198,7 +198,7 @@ def plot_plane_filling(
     The reward is the true one where it is known, otherwise the implicit margin.
     """
     key = "true_reward" if "true_reward" in reference.metrics else "reward_margin"
-    runs = {name: [row for row in rows if key in row] for name, rows in frontier.items()}
+    runs = {name: along([row for row in rows if key in row]) for name, rows in frontier.items()}
     runs = {name: rows for name, rows in runs.items() if rows}
     start = reference.metrics[key]
     figure, axes = new(2, 2, width=4.5, height=3)
