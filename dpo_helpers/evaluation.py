@@ -18,7 +18,7 @@ from .errors import DataError, TrainingError
 from .generation import Response
 from .logprobs import PairScores, Scorer, token_logprobs
 from .losses import dpo_loss
-from .tokens import EncodedPair, by_length, collate, encode_texts
+from .tokens import EncodedPair, by_length, collate, encode_prompts
 from .uncertainty import mean_and_error
 
 
@@ -159,8 +159,8 @@ def response_kls(
 
     A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that length.
     """
-    prompts = encode_texts(tokenizer, [response.prompt for response in responses])
-    rows = [EncodedPair(p[-max_prompt_length:], r.ids, r.ids) for p, r in zip(prompts, responses, strict=True)]
+    prompts = encode_prompts(tokenizer, [response.prompt for response in responses], max_prompt_length)
+    rows = [EncodedPair(prompt, r.ids, r.ids) for prompt, r in zip(prompts, responses, strict=True)]
     order = by_length(rows)
     estimates: dict[str, list[Tensor]] = {"kl": [], "k1": [], "k3": []}
     for start in range(0, len(rows), batch_size):

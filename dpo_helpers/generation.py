@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .device import Compute
-from .tokens import encode_texts
+from .tokens import encode_prompts
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def sample(
     Prompts longer than `max_prompt_length` tokens keep their last ones, as in training. Prompts of like length
     share a batch, padded on the left. Runs transformers' `generate` with its cache.
     """
-    encoded = [ids[-max_prompt_length:] for ids in encode_texts(tokenizer, prompts)]
+    encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     responses: dict[int, Response] = {}
     eos = tokenizer.eos_token_id

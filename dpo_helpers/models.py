@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from .errors import ModelError, SettingsError
 
@@ -39,12 +41,36 @@ def blocks(model: Any) -> nn.ModuleList:
     return lists[fitting[0]]
 
 
+class _Reached(Exception):
+    pass
+
+
+def _run_to(model: Any, block: nn.Module) -> tuple[list[nn.Module], Tensor]:
+    """Run one token up to a block: the modules that ran through, and the [1, 1, d] that the block would have read."""
+    ran: list[nn.Module] = []
+    read: list[Tensor] = []
+
+    def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    hooks = (
+        register_module_forward_hook(lambda m, *_: ran.append(m)),
+        block.register_forward_pre_hook(_stop, with_kwargs=True),
+    )
+    with suppress(_Reached):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    for hook in hooks:
+        hook.remove()
+    return ran, read[0]
+
+
 def embeddings(model: Any) -> list[nn.Module]:
-    """The embeddings that the first block reads: of tokens and, where they are learned, of positions.
+    """What runs before the first block: embeddings of tokens and of learned positions, their norm or projection.
 
     GPT-2 ties its output head to the token embedding: one tensor, so freezing one freezes the other.
     """
-    return [module for module in model.base_model.children() if isinstance(module, nn.Embedding)]
+    return _run_to(model, blocks(model)[0])[0]
 
 
 def frozen_part(model: Any, first_blocks: int) -> nn.ModuleList:
@@ -55,13 +81,16 @@ def frozen_part(model: Any, first_blocks: int) -> nn.ModuleList:
 def freeze(model: Any, first_blocks: int, freeze_embeddings: bool = True) -> ParameterCount:
     """Freeze blocks 0 … first_blocks-1 and, unless told otherwise, the embeddings; everything else trains.
 
-    Raises SettingsError if the model has fewer blocks. Returns the parameter counts.
+    Returns the parameter counts. Raises SettingsError if the model has fewer blocks, ModelError if something that the
+    first block that trains depends on is trained all the same.
     """
     stack = blocks(model)
     if not 0 <= first_blocks <= len(stack):
         raise SettingsError(f"freeze_layers is {first_blocks}, but the model has {len(stack)} blocks")
     model.requires_grad_(True)
     (frozen_part(model, first_blocks) if freeze_embeddings else stack[:first_blocks]).requires_grad_(False)
+    if freeze_embeddings and first_blocks < len(stack) and _run_to(model, stack[first_blocks])[1].requires_grad:
+        raise ModelError(f"{type(model).__name__}: something that block {first_blocks} reads from would go on training")
     return count_parameters(model)
 
 

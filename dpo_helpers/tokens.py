@@ -1,8 +1,8 @@
 """From text to tensors: token ids of pairs, truncation, padding, masks, and the order of the batches.
 
-Prompt and response are tokenised separately and joined, so no token spans the boundary. Exactly one
-end-of-text token follows a response that was not truncated, and it is supervised. GPT-2 pads with the same
-id, so masks go by position and never by id.
+Prompt and response are tokenised so that no token spans the boundary. Exactly one end-of-text token follows a
+response that was not truncated, and it is supervised. GPT-2 pads with the same id, so masks go by position and never
+by id.
 """
 
 from __future__ import annotations
@@ -61,19 +61,45 @@ class PairBatch:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text as it is: nothing is added or cut, and "<|endoftext|>" in it is thirteen characters.
+    """Token ids of each text as it is: nothing is added, padded or cut, and "<|endoftext|>" is thirteen characters.
 
     tokenizer: one of transformers, as `run.loading.load_tokenizer` gives it.
     """
     if getattr(tokenizer, "is_fast", False):  # no offsets, no masks: only ids are wanted
-        tokenizer.backend_tokenizer.encode_special_tokens = True
-        return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # its file keeps both as they were in the last call before it was saved
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
     return [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of one text, as in `encode_texts`."""
     return encode_texts(tokenizer, [text])[0]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_prompt_length: int) -> list[list[int]]:
+    """Token ids of prompts: what the tokenizer begins a text with, then as many of the last ones as fit."""
+    start = start_ids(tokenizer)
+    return [_last(start, ids, max_prompt_length) for ids in encode_texts(tokenizer, prompts)]
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: nothing for GPT-2, the beginning-of-text token for Llama and Gemma."""
+    first, whole = encode_text(tokenizer, "a")[0], list(tokenizer.encode("a"))
+    return whole[: whole.index(first)] if first in whole else []
+
+
+def _last(start: list[int], ids: list[int], count: int) -> list[int]:
+    return start + ids[max(0, len(ids) - max(0, count - len(start))) :]
+
+
+def _joins(tokenizer: Any) -> bool:
+    """Whether a response may be tokenised apart from its prompt: Llama 2's kind would put a space before it."""
+    prompt, sides = "\n\nHuman: Hi\n\nAssistant:", (" I am.", "I am.")
+    head, *ids = encode_texts(tokenizer, [prompt, *sides, *(prompt + side for side in sides)])
+    return all(tokenizer.decode(head + ids[i]) == tokenizer.decode(ids[i + 2]) for i in (0, 1))
 
 
 def encode_pair(tokenizer: Any, pair: Pair, *, max_length: int, max_prompt_length: int) -> EncodedPair:
@@ -86,20 +112,26 @@ def encode_pairs(
 ) -> Iterator[EncodedPair]:
     """Tokenise pairs as they come, and truncate each whose prompt + longer response exceeds `max_length` tokens.
 
-    Truncation keeps the last `max_prompt_length` prompt tokens, then cuts each response to what is left. chunk: pairs
-    that meet the tokenizer together.
+    A prompt begins as the tokenizer says. Where a response by itself would gain a space, it is tokenised behind its
+    prompt; DataError if a token then spans the border. Truncation keeps the start and the last of `max_prompt_length`
+    prompt tokens, then cuts each response to what is left. chunk: pairs that meet the tokenizer together.
     """
-    stream = iter(pairs)
+    start, apart, stream = start_ids(tokenizer), _joins(tokenizer), iter(pairs)
     while part := list(islice(stream, chunk)):
-        ids = iter(encode_texts(tokenizer, [text for p in part for text in (p.prompt, p.chosen, p.rejected)]))
-        for pair, prompt, chosen, rejected in zip(part, ids, ids, ids, strict=False):
-            prompt_cut, room = 0, max_length
-            sides = [[*side, tokenizer.eos_token_id] for side in (chosen, rejected)]
-            if len(prompt) + max(map(len, sides)) > max_length:
-                prompt_cut = max(0, len(prompt) - max_prompt_length)
-                room = max_length - (len(prompt) - prompt_cut)
-            cuts = (max(0, len(side) - room) for side in sides)
-            yield EncodedPair(prompt[prompt_cut:], sides[0][:room], sides[1][:room], pair.index, prompt_cut, *cuts)
+        prompts = encode_texts(tokenizer, [pair.prompt for pair in part])
+        sides = [("" if apart else pair.prompt) + side for pair in part for side in (pair.chosen, pair.rejected)]
+        ids = iter(encode_texts(tokenizer, sides))
+        for pair, prompt, *both in zip(part, prompts, ids, ids, strict=False):
+            shared = 0 if apart else len(prompt)
+            if any(side[:shared] != prompt[:shared] for side in both):
+                raise DataError(f"row {pair.index}: a token spans the border of prompt and response: leave the row out")
+            both = [[*side[shared:], tokenizer.eos_token_id] for side in both]
+            length, kept, room = len(start) + len(prompt), start + prompt, max_length
+            if length + max(map(len, both)) > max_length:
+                kept = _last(start, prompt, max_prompt_length)
+                room = max_length - len(kept)
+            cuts = (max(0, len(side) - room) for side in both)
+            yield EncodedPair(kept, both[0][:room], both[1][:room], pair.index, length - len(kept), *cuts)
 
 
 def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:

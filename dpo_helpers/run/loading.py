@@ -137,14 +137,35 @@ def load_model(settings: Settings) -> Any:
     with _location(source_of(settings, "model")) as where:
         safe = {} if "gguf_file" in where else {"use_safetensors": True}
         try:  # a local folder: there is no revision
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False
-            )
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
         except Exception as error:  # from_pretrained has no common base for what can go wrong
             raise ModelError(
                 f"cannot load model {settings.model!r} ({_first_line(error)}); check --model, or use --profile mini"
             ) from error
+    _check_keys(found, settings.model)
     return with_float32_head(_plain(model) if "gguf_file" in where else model).eval()
+
+
+def load_config(settings: Settings) -> Any:
+    """The configuration of the settings' model; ModelError where it cannot be read."""
+    with _location(source_of(settings, "model")) as where:
+        try:
+            return _config(where)
+        except Exception as error:
+            raise ModelError(f"cannot read the configuration of {settings.model!r} ({_first_line(error)})") from error
+
+
+def _check_keys(found: dict[str, Any], name: str) -> None:
+    """ModelError unless the file had all weights and no others: transformers fills what is missing by chance."""
+    for what in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, found[f"{what}_keys"])):
+            raise ModelError(
+                f"the weights of {name!r} are not those of its configuration: {len(keys)} {what}, such as "
+                f"{', '.join(keys[:3])}; get the model again, or save it with save_pretrained"
+            )
 
 
 def _plain(model: Any) -> Any:
@@ -192,9 +213,11 @@ def load_saved(folder: Path) -> Any:
     logging.disable_progress_bar()
     _check_folder(folder)  # a local folder: there is no revision
     config = _config({"pretrained_model_name_or_path": folder})
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
-    )
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, use_safetensors=True, dtype=torch.float32, trust_remote_code=False,
+        output_loading_info=True,
+    )  # fmt: skip
+    _check_keys(found, str(folder))
     return with_float32_head(model).eval()
 
 

@@ -27,8 +27,9 @@ from ..tokens import EncodedPair
 from ..training import DPOObjective, MetricsRow, SFTObjective
 from ..uncertainty import mean_and_error
 from .artefacts import ModelArtefact, as_model, open_artefact, read_jsonl, write_jsonl
+from .check import check_limits, check_model
 from .disk import json_hash, write_text
-from .loading import load_model, load_tokenizer, model_identity, tokenizer_hash
+from .loading import load_config, load_model, load_tokenizer, model_identity, tokenizer_hash
 from .machine import compute_of
 from .pairs import PairData, RowsError, data_identity, fit_pairs, load_pairs
 from .sources import source_of
@@ -54,6 +55,7 @@ def get_data(settings: Settings) -> Data:
     with open_artefact(settings, "data", made_from) as artefact:
         if artefact.mine:
             list_of_all.unlink(missing_ok=True)
+            check_limits(load_config(settings), tokenizer, settings)
             try:
                 pairs = load_pairs(settings)
                 found, ids = fit_pairs(pairs, tokenizer, allow_dropped=settings.allow_dropped, **lengths)
@@ -100,6 +102,7 @@ def get_base(settings: Settings) -> ModelArtefact:
     with open_artefact(settings, "reference", made_from) as artefact:
         if artefact.mine:
             model = load_model(settings).to(compute_of(settings).device)
+            check_model(model, settings.max_length)
             save_with_scores(artefact, settings, data, model, [], training_pairs=True)
             artefact.about["model_commit"] = source_of(settings, "model").commit()
     return as_model("reference", artefact)
