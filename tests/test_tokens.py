@@ -2,10 +2,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from dpo_helpers.errors import DataError
 from dpo_helpers.hh import Pair
-from dpo_helpers.tokens import EncodedPair, batch_order, collate, encode_pair, encode_pairs, epoch_order
+from dpo_helpers.tokens import (
+    EncodedPair,
+    batch_order,
+    collate,
+    encode_pair,
+    encode_pairs,
+    encode_prompts,
+    encode_texts,
+    epoch_order,
+    start_ids,
+)  # fmt: skip
 
 
 class Letters:
@@ -117,3 +129,103 @@ def test_pairs_in_chunks_are_those_one_by_one(tokenizer):
     stream = (read.append(pair) or pair for pair in pairs)
     assert next(encode_pairs(tokenizer, stream, chunk=5, **lengths)) == expected[0]
     assert len(read) == 5
+
+
+def words(prepend, start):
+    """A tokenizer of Llama 2's or Gemma's kind: "▁" for a space, bytes for what it does not know, "<s>" in front.
+
+    prepend: "first" puts a "▁" before each text, "never" does not.
+    """
+    pieces = [
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *"HumanAsitI:.?h▁b",
+        "▁I",
+        "▁a",
+        "as",
+        "is",
+        ":b",
+    ]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
+        [("▁", "I"), ("▁", "a"), ("a", "s"), ("i", "s"), (":", "b")], byte_fallback=True, fuse_unk=True,
+    )  # fmt: skip
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    backend.decoder = decoders.Sequence([
+        decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend, split=False), decoders.Fuse(),
+    ])  # fmt: skip
+    if start:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def byte_level(tokenizer):
+    """The embedded tokenizer as it is after it was saved in the middle of a padding, truncating call."""
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token=tokenizer.eos_token
+    )
+    copy.backend_tokenizer.enable_truncation(max_length=3)
+    copy.backend_tokenizer.enable_padding(length=16, pad_id=tokenizer.eos_token_id)
+    return copy
+
+
+KINDS = {
+    "as saved by a call": byte_level,
+    "Llama 2": lambda _: words("first", True), "Llama 2 without a start": lambda _: words("first", False),
+    "Gemma": lambda _: words("never", True),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def other(request, tokenizer):
+    return KINDS[request.param](tokenizer)
+
+
+@settings(max_examples=30, deadline=None)
+@given(prompt=TEXT, response=TEXT)
+def test_any_tokenizer_gives_back_the_text_and_the_border(other, prompt, response):
+    """One pair as many, the start once and only in front, and the ids of both together decode to the text."""
+    prompt = f"\n\nHuman: {prompt}\n\nAssistant:"
+    pair, lengths = Pair(prompt, f" {response}", " no", 3), {"max_length": 3000, "max_prompt_length": 1500}
+    found = encode_pair(other, pair, **lengths)
+    assert list(encode_pairs(other, [pair, pair], **lengths)) == [found, found]
+    start = start_ids(other)
+    assert found.prompt[: len(start)] == start
+    assert not {*start} & {*found.prompt[len(start) :], *found.chosen}
+    whole = other.decode(found.prompt[len(start) :] + found.chosen[:-1])
+    assert whole == other.decode(encode_texts(other, [pair.prompt + pair.chosen])[0])
+    assert other.decode(found.prompt[len(start) :] + found.rejected[:-1]) == f"{prompt} no"
+    assert (found.chosen[-1], found.was_cut) == (other.eos_token_id, False)
+    assert encode_prompts(other, [prompt], 1500) == [found.prompt]
+
+
+def test_a_tokenizer_that_was_saved_while_it_cut_and_padded_does_neither(tokenizer):
+    lengths = {"max_length": 64, "max_prompt_length": 32}
+    found = encode_pair(byte_level(tokenizer), Pair("hi", " yes", " no"), **lengths)
+    assert found == encode_pair(tokenizer, Pair("hi", " yes", " no"), **lengths)
+    assert (len(found.prompt), len(found.rejected)) == (2, 2)
+    texts = ["hi", "Can you tell me how to grow roses?"]
+    assert encode_texts(byte_level(tokenizer), texts) == encode_texts(tokenizer, texts)
+
+
+def test_prompts_begin_as_the_tokenizer_says_even_when_they_are_cut():
+    """Llama 2: "<s>" is id 0; "▁" before the first word only. "hi is I" is ▁ h i ▁ is ▁I."""
+    llama = words("first", True)
+    ids = llama.convert_tokens_to_ids(["<s>", "▁", "h", "i", "▁", "is", "▁I"])
+    assert encode_prompts(llama, ["hi is I"], 7) == [ids]
+    assert encode_prompts(llama, ["hi is I"], 3) == [[ids[0], *ids[-2:]]]
+    assert encode_prompts(llama, ["hi is I"], 1) == [[ids[0]]]
+    pair = encode_pair(llama, Pair("hi:", " I", " a"), max_length=100, max_prompt_length=50)
+    assert pair.prompt == llama.convert_tokens_to_ids(["<s>", "▁", "h", "i", ":"])
+    assert pair.chosen == llama.convert_tokens_to_ids(["▁I", "</s>"]), "tokenised by itself it would be ▁ ▁I"
+    cut = encode_pair(llama, Pair("hi:", " I", " a"), max_length=5, max_prompt_length=3)
+    assert cut.prompt == [ids[0], *pair.prompt[-2:]]
+    assert (cut.chosen, cut.prompt_cut, cut.chosen_cut) == (pair.chosen, 2, 0)
+
+
+def test_a_token_over_the_border_is_said():
+    with pytest.raises(DataError, match="row 8: a token spans the border of prompt and response: leave the row out"):
+        encode_pair(words("first", True), Pair("hi:", "b", " a", 8), max_length=100, max_prompt_length=50)
