@@ -73,6 +73,8 @@ def parse_row(row: object, index: int = 0) -> Pair | Finding:
         cut[side] = split_prompt(text)
         if not cut[side][1].strip():
             return Finding(index, f"{side} response is empty")
+        if HUMAN in cut[side][1]:
+            return Finding(index, f"{side} goes on with a Human turn after its last Assistant turn")
     (prompt, chosen), (other_prompt, rejected) = cut["chosen"], cut["rejected"]
     if prompt != other_prompt:
         return Finding(index, "prompts differ")

@@ -59,6 +59,8 @@ EMPTY = "\n\nHuman: Hi\n\nAssistant:"
         (GOOD, GOOD.replace("Hi", "Hello"), "prompts differ"),
         (GOOD, "Hi", "rejected has no Assistant turn"),
         ("", GOOD, "chosen has no Assistant turn"),
+        (GOOD + "\n\nHuman: Thanks", OTHER, "chosen goes on with a Human turn after its last Assistant turn"),
+        (GOOD, OTHER + "\n\nHuman:", "rejected goes on with a Human turn after its last Assistant turn"),
         (GOOD + "\ud800", OTHER, "chosen holds a NUL or a lone surrogate"),
         (GOOD, OTHER + "\0", "rejected holds a NUL or a lone surrogate"),
     ],
@@ -88,6 +90,12 @@ def test_more_than_five_percent_dropped_is_an_error_unless_allowed():
     assert len(parse_rows([*rows[:18] * 2, *rows[18:]][:-1])[0]) == 36, "1 of 37 is 2.7 %"
     pairs, dropped = parse_rows(rows, allow_dropped=True)
     assert (len(pairs), [d.index for d in dropped]) == (18, [18, 19])
+
+
+@pytest.mark.parametrize("allow_dropped", [False, True])
+def test_where_no_row_can_be_used_going_on_without_them_is_not_advised(allow_dropped):
+    with pytest.raises(RowsError, match=r"^2 of 2 rows cannot be used .*first row 0\); check the file$"):
+        parse_rows([{"chosen": GOOD, "rejected": GOOD}] * 2, allow_dropped=allow_dropped)
 
 
 def test_an_empty_data_set_is_an_error():

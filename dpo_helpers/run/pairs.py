@@ -86,7 +86,8 @@ def check_dropped(dropped: Sequence[Finding], total: int, allow_dropped: bool) -
         return
     reason, count = Counter(d.reason for d in dropped).most_common(1)[0]
     first = next(d.index for d in dropped if d.reason == reason)
-    way_out = "check the file" if allow_dropped else "check the file, or go on without them with --allow-dropped"
+    may_go_on = not allow_dropped and len(dropped) < total
+    way_out = "check the file" + (", or go on without them with --allow-dropped" if may_go_on else "")
     raise RowsError(
         f"{len(dropped)} of {total} rows cannot be used (most often: {reason}; {count} rows, first row {first}); "
         + way_out,
