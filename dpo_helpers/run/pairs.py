@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..hh import Finding, Pair, parse_row
 from ..settings import Settings
 from ..tokens import EncodedPair, encode_pairs
+from ..untrusted import one_line
 from ..worlds import embedded
 from .rows import Unreadable, data_files, read_rows
 from .sources import Source, source_of
@@ -95,10 +96,17 @@ def check_dropped(dropped: Sequence[Finding], total: int, allow_dropped: bool) -
     )
 
 
-def _load_folder(folder: Path) -> tuple[Iterator[object], Iterator[object] | None]:
+def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[object] | None]:
+    """The rows of a folder by split; a printed line says what becomes of which file."""
     parts = data_files(folder)
-    train, test = (chain.from_iterable(map(read_rows, parts[split])) for split in ("train", "test"))
-    return train, test if parts["test"] else None
+    said = (
+        f"{part}: {', '.join(f.relative_to(folder).as_posix() for f in files[:8]) or 'none'}"
+        + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        for part, files in parts.items()
+    )
+    print(one_line(f"files of {name}: {'; '.join(said)}"))
+    train, held_out = (chain.from_iterable(map(read_rows, parts[split])) for split in ("train", "held out"))
+    return train, held_out if parts["held out"] else None
 
 
 def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
@@ -123,7 +131,7 @@ def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterabl
         train = embedded.preference_rows("train", settings.max_pairs or 4000)
         return train, embedded.preference_rows("test", settings.held_out_pairs)
     if source.kind == "folder":
-        return _load_folder(source.path)
+        return _load_folder(source.path, source.label)
     return (read_rows(source.path), None) if source.kind == "file" else _load_hub(source)
 
 
@@ -136,8 +144,8 @@ def data_identity(settings: Settings) -> dict[str, Any]:
     try:
         if source.kind == "file" and not source.path.is_file():
             next(read_rows(source.path), None)  # says what is wrong with it
-        is_folder = source.kind == "folder"
-        return source.identity([f for part in data_files(source.path).values() for f in part] if is_folder else [])
+        parts = data_files(source.path) if source.kind == "folder" else {}
+        return source.identity([file for part in ("train", "held out") for file in parts.get(part, [])])
     except OSError as error:
         raise DataError(f"{source.name} cannot be read: {error.strerror or error}; check --dataset") from error
 

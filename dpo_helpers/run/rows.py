@@ -13,7 +13,13 @@ from ..errors import DataError
 from .sources import SUFFIXES
 
 MAX_LINE = 2**24  # bytes of one row in a .jsonl file, unpacked: a longer one is no dialogue
-_HELD_OUT = re.compile(r"(?<![a-z])(test|validation|eval)(?![a-z])")  # in the name of a file
+# words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
+_TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
+_HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|held[-_. ]?out)(?![a-z])")
+_WAY_OUT = (
+    "other kinds are neither unpacked, converted nor run: make a .jsonl file of it, with one object with 'chosen' and "
+    "'rejected' texts a line"
+)
 
 
 class Unreadable(str):
@@ -29,19 +35,19 @@ def read_rows(path: Path) -> Iterator[object]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give --dataset an existing {', '.join(SUFFIXES)} file or a Hub id")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path} is no {', '.join(SUFFIXES)} file: archives are not unpacked and scripts not run")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DataError(f"{path} is no {', '.join(SUFFIXES)} file; {_WAY_OUT}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: it needs rows with 'chosen' and 'rejected' texts")
     try:
-        yield from _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
+        yield from _parquet(path) if path.suffix.lower() == ".parquet" else _json_lines(path)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # of a damaged gzip or parquet file, or of the disk
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} cannot be read: {first}; get the file again") from error
 
 
 def _json_lines(path: Path) -> Iterator[object]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+    with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         number = 0
         while line := stream.readline(MAX_LINE + 1):
             number += 1
@@ -67,22 +73,30 @@ def _parquet(path: Path) -> Iterator[object]:
 
 
 def data_files(folder: Path) -> dict[str, list[Path]]:
-    """The data files of a folder by split, sorted by name: "test" where a name says test, validation or eval.
+    """The files of a folder by what becomes of them, sorted by name: "train", "held out" or "ignored".
 
-    Other files are left alone: archives are not unpacked, scripts not run. Raises DataError where there is no data
-    file, or where one is a link to a place outside the folder.
+    A data file is held out where its name, or that of a folder in it, says test, validation or the like. Of the others
+    those named train are trained on, or all, where none is. What is no data file is ignored, hidden files are not
+    listed. Raises DataError where there is nothing to train on, or where a data file is a link to a place outside the
+    folder.
     """
-    # a snapshot in the Hub's cache is made of links to ../../blobs
-    root = (folder.parent.parent if folder.parent.name == "snapshots" else folder).resolve()
-    parts: dict[str, list[Path]] = {"train": [], "test": []}
-    for path in sorted(p for p in folder.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()):
-        if not path.resolve().is_relative_to(root):
-            raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # of the Hub's cache: made of links to ../../blobs
+        roots.append((folder.parent.parent / "blobs").resolve())
+    parts: dict[str, list[Path]] = {"train": [], "held out": [], "ignored": []}
+    unnamed: list[Path] = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix().lower()
-        parts["test" if _HELD_OUT.search(name) else "train"].append(path)
+        if not name.endswith(SUFFIXES):
+            parts["ignored"] += [] if name.startswith(".") or "/." in name else [path]
+        elif not any(path.resolve().is_relative_to(root) for root in roots):
+            raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")
+        elif _HELD_OUT.search(name):
+            parts["held out"].append(path)
+        else:
+            (parts["train"] if _TRAIN.search(name) else unnamed).append(path)
+    parts["ignored" if parts["train"] else "train"] += unnamed
     if not parts["train"]:
-        raise DataError(
-            f"{folder} holds no training data: it needs {', '.join(SUFFIXES)} files; archives are not unpacked and "
-            "scripts not run"
-        )
+        held_out = f" but those held out by name ({parts['held out'][0].name}, …)" if parts["held out"] else ""
+        raise DataError(f"{folder} holds no training data{held_out}: it needs {', '.join(SUFFIXES)} files; {_WAY_OUT}")
     return parts

@@ -18,6 +18,15 @@ ROWS = preference_rows("train", 80)
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS[:60])
 
 
+def asked(numbers):
+    """A row for each number, each with a prompt of its own."""
+    return [{side: f"\n\nHuman: {n}?\n\nAssistant: {side}" for side in ("chosen", "rejected")} for n in numbers]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def load(path, **more):
     return load_pairs(load_settings("mini", dataset=str(path), max_pairs=None, held_out_pairs=10, **more))
 
@@ -83,17 +92,104 @@ def test_archives_are_not_unpacked_and_scripts_not_run(folder, tmp_path, monkeyp
     survived("hostile archives, scripts and pickles in a data folder left alone", left_alone, 3)
 
 
-@pytest.mark.parametrize("name", ["x.pkl", "x.zip", "x.tar.gz", "x.py", "x.bin", "x.csv"])
-def test_a_file_of_another_kind_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["x.pkl", "x.zip", "x.tar.gz", "x.py", "x.bin", "x.csv", "x.json", "x.arrow"])
+def test_a_file_of_another_kind_is_refused_and_the_error_says_what_to_make_of_it(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(DataError, match=rf"{name} is no \.jsonl.* file: archives are not unpacked and scripts not run"):
+    refused = (
+        rf"{name} is no \.jsonl, .* file; other kinds are neither unpacked, converted nor run: make a \.jsonl file of"
+    )
+    with pytest.raises(DataError, match=refused):
         load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["X.JSONL", "x.Jsonl.GZ", "x.PARQUET"])
+def test_the_end_of_a_name_may_be_in_capitals(tmp_path, name):
+    if name.endswith("PARQUET"):
+        import pandas as pd
+
+        pd.DataFrame(ROWS[:60]).to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(LINES.encode()) if name.endswith("GZ") else LINES.encode())
+    for path in (tmp_path / name, tmp_path):
+        found = load(path)
+        assert len(found.train) + len(found.held_out) == 60
 
 
 def test_a_folder_without_data_says_so(tmp_path):
     (tmp_path / "data.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="holds no training data: it needs .*archives are not unpacked"):
+    with pytest.raises(DataError, match="holds no training data: it needs .*nor run: make a .jsonl file of"):
         load(tmp_path)
+    (tmp_path / "dev.jsonl").write_text(LINES)
+    with pytest.raises(
+        DataError, match=r"holds no training data but those held out by name \(dev\.jsonl, …\): it needs"
+    ):
+        load(tmp_path)
+
+
+HELD_OUT = ["test", "testing", "eval", "evaluation", "validation", "valid", "dev", "val"]  # datasets.data_files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{word}{more}" for word in (*HELD_OUT, "held_out", "held-out", "heldout") for more in (".jsonl", "/a.jsonl")]
+    + ["pairs-dev.jsonl", "pairs_val_2.jsonl", "hh.valid.jsonl", "dev0.jsonl", "data/val-00000-of-00001.jsonl",
+       "my dev set.jsonl", "DEV.jsonl", "sub/dev/train.jsonl", "test-train.jsonl", "a/Validation_1/b/c.jsonl"],
+)  # fmt: skip
+def test_what_is_named_as_held_out_is_not_trained_on(tmp_path, name, capsys):
+    """No pair of it, and no pair about its prompts, which the last row of the other file has."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(lines(asked(range(9))))
+    again = {"chosen": asked([8])[0]["rejected"], "rejected": asked([8])[0]["rejected"] + " again"}
+    (tmp_path / "train.jsonl").write_text(lines([*asked(range(100, 130)), again]))
+    found = load(tmp_path)
+    assert texts(found.train) == {row["chosen"] for row in asked(range(100, 130))}
+    assert texts(found.held_out) == {row["chosen"] for row in asked(range(9))}
+    assert capsys.readouterr().out.endswith(f": train: train.jsonl; held out: {name}; ignored: none\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "training", "development", "validity", "devices", "pretest", "contest", "evals"]
+)
+def test_a_name_that_only_holds_such_a_word_is_trained_on(tmp_path, name):
+    """As `datasets` has it: a keyword stands between separators."""
+    (tmp_path / f"{name}.jsonl").write_text(LINES)
+    found = load(tmp_path)
+    assert len(found.train) + len(found.held_out) == 60
+
+
+def test_the_words_are_those_of_datasets(tmp_path):
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    words = {str(split): set(words) for split, words in SPLIT_KEYWORDS.items()}
+    assert words == {"train": {"train", "training"}, "validation": set(HELD_OUT[4:]), "test": set(HELD_OUT[:4])}
+
+
+def test_beside_a_file_named_train_those_without_a_split_are_ignored_as_in_hh_rlhf(folder, capsys):
+    """Its red-team attempts are no pairs; `datasets` leaves them out too. Without a name train, all of them count."""
+    (folder / "red-team-attempts").mkdir()
+    attempts = folder / "red-team-attempts/red_team_attempts.jsonl.gz"
+    attempts.write_bytes(gzip.compress(LINES.encode()))
+    (folder / "README.md").touch()
+    load(folder)
+    assert capsys.readouterr().out == (
+        "files of hh: train: harmless-base/train.jsonl.gz; held out: harmless-base/test.jsonl.gz; "
+        "ignored: README.md, red-team-attempts/red_team_attempts.jsonl.gz\n"
+    )
+    (folder / "harmless-base/train.jsonl.gz").unlink()
+    assert load(folder).train
+    assert set(data_identity(load_settings("mini", dataset=str(folder)))["sha256"]) == {
+        "harmless-base/test.jsonl.gz", "red-team-attempts/red_team_attempts.jsonl.gz",
+    }  # fmt: skip
+
+
+def test_of_many_files_eight_are_named(tmp_path, capsys):
+    for number in range(10):
+        (tmp_path / f"{number}\n.jsonl").write_text(lines(asked(range(number * 6, number * 6 + 6))))
+    load(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(
+        ": train: " + ", ".join(f"{n} .jsonl" for n in range(8)) + " and 2 more; held out: none; ignored: none"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
@@ -107,6 +203,25 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(folder, 
         DataError, match=r"train-secret\.jsonl is a link to a place outside .*hh, which is not followed"
     ):
         load(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+@pytest.mark.parametrize("place", ["snapshots/a/train.jsonl", "hh/deep/train.jsonl", "hh/train/in.jsonl"])
+def test_no_link_leads_out_of_any_folder(tmp_path, place):
+    """Also not where the folder's own place looks like one in the Hub's cache, and not through a folder's link."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/in.jsonl").write_text(LINES)
+    link = tmp_path / place
+    if link.name == "in.jsonl":  # a link to a whole folder
+        link.parent.parent.mkdir(parents=True)
+        os.symlink(tmp_path / "secret", link.parent)
+    else:
+        link.parent.mkdir(parents=True)
+        os.symlink(os.path.relpath(tmp_path / "secret/in.jsonl", link.parent), link)
+    folder = tmp_path / "snapshots/a" if place.startswith("snap") else tmp_path / "hh"
+    for read in (load, lambda path: data_identity(load_settings("mini", dataset=str(path)))):
+        with pytest.raises(DataError, match=r"is a link to a place outside|holds no training data"):
+            read(folder)
 
 
 def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(tmp_path):
