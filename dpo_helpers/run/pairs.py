@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from .rows import Unreadable, data_files, read_rows
 from .sources import Source, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
+MAX_FINDINGS = 100_000  # rows that may be unusable with it; after that many no more are read
+MAX_TOGETHER = 2**22  # characters that meet the tokenizer together: a token takes a hundred bytes until it is an id
 _HTML = re.compile(r"</?[a-zA-Z][^<>]*>|<!--")
 
 
@@ -55,12 +56,15 @@ def parse_rows(
     A pair that is in the data both ways round, A preferred to B and B to A, says nothing: all rows of it are
     dropped. Text with HTML in it is kept, since it is data like any other, and reported. allow_dropped: accept it when
     more than MAX_DROPPED of the rows are dropped. Raises DataError for an empty data set, RowsError for one without a
-    usable pair or with more dropped rows than accepted.
+    usable pair or with more dropped rows than accepted, for which it does not read on.
     """
-    parsed = [
-        Finding(index, str(row)) if isinstance(row, Unreadable) else parse_row(row, index)
-        for index, row in enumerate(rows)
-    ]
+    parsed: list[Pair | Finding] = []
+    unusable = 0
+    for index, row in enumerate(rows):
+        parsed.append(Finding(index, str(row)) if isinstance(row, Unreadable) else parse_row(row, index))
+        unusable += isinstance(parsed[-1], Finding)
+        if unusable > MAX_FINDINGS:
+            break
     if not parsed:
         raise DataError("the data set is empty: it needs rows with 'chosen' and 'rejected' texts")
     first_row = {(p.prompt, p.chosen, p.rejected): p.index for p in reversed(parsed) if isinstance(p, Pair)}
@@ -83,7 +87,7 @@ def parse_rows(
 
 def check_dropped(dropped: Sequence[Finding], total: int, allow_dropped: bool) -> None:
     """RowsError, naming the commonest reason and its first row, if more of `total` rows are dropped than accepted."""
-    if len(dropped) <= (total - 1 if allow_dropped else MAX_DROPPED * total):
+    if len(dropped) <= min(MAX_FINDINGS, total - 1 if allow_dropped else MAX_DROPPED * total):
         return
     reason, count = Counter(d.reason for d in dropped).most_common(1)[0]
     first = next(d.index for d in dropped if d.reason == reason)
@@ -105,8 +109,7 @@ def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[ob
         for part, files in parts.items()
     )
     print(one_line(f"files of {name}: {'; '.join(said)}"))
-    train, held_out = (chain.from_iterable(map(read_rows, parts[split])) for split in ("train", "held out"))
-    return train, held_out if parts["held out"] else None
+    return read_rows(*parts["train"]), read_rows(*parts["held out"]) if parts["held out"] else None
 
 
 def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
@@ -227,7 +230,11 @@ def fit_pairs(
 
     def _fit(pairs: list[Pair], split: str) -> tuple[list[Pair], list[EncodedPair]]:
         kept, ids_of, dropped = list[Pair](), list[EncodedPair](), list[Finding]()
-        encoded = encode_pairs(tokenizer, pairs, max_length=max_length, max_prompt_length=max_prompt_length)
+        longest = max((len(pair.prompt + pair.chosen + pair.rejected) for pair in pairs), default=1)
+        encoded = encode_pairs(
+            tokenizer, pairs, max_length=max_length, max_prompt_length=max_prompt_length,
+            chunk=min(256, max(1, MAX_TOGETHER // longest)),
+        )  # fmt: skip
         for pair, ids in zip(pairs, encoded, strict=True):
             if ids.chosen == ids.rejected:
                 reason = f"responses are identical in the tokens that fit into max_length {max_length}"

@@ -8,11 +8,15 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from sys import getsizeof
 
 from ..errors import DataError
 from .sources import SUFFIXES
 
-MAX_LINE = 2**24  # bytes of one row in a .jsonl file, unpacked: a longer one is no dialogue
+MAX_ROW = 2**22  # bytes of one row, unpacked: a longer one is no dialogue
+MAX_UNPACKED = 2**30  # bytes that all rows to train on, or to hold out, take in memory; HH-RLHF's take a third of that
+PER_ROW = 256  # bytes that a row or a line takes besides its text
+_BLANK = object()
 # words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
 _TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 _HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|held[-_. ]?out)(?![a-z])")
@@ -28,46 +32,68 @@ class Unreadable(str):
     __slots__ = ()
 
 
-def read_rows(path: Path) -> Iterator[object]:
-    """The rows of a .jsonl, .jsonl.gz or .parquet file, one at a time; a line that is no JSON is `Unreadable`.
+def read_rows(*paths: Path) -> Iterator[object]:
+    """The rows of .jsonl, .jsonl.gz or .parquet files, one at a time; a line that is no JSON is `Unreadable`.
 
-    Nothing is cached, unpacked to disk or run. Raises DataError, naming the file, where it cannot be read to its end.
+    Nothing is cached, unpacked to disk or run. However small the files are, a row has at most MAX_ROW bytes and all of
+    them take at most MAX_UNPACKED. Raises DataError, naming the file, for more, and where it cannot be read to its end.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give --dataset an existing {', '.join(SUFFIXES)} file or a Hub id")
-    if not path.name.lower().endswith(SUFFIXES):
-        raise DataError(f"{path} is no {', '.join(SUFFIXES)} file; {_WAY_OUT}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty: it needs rows with 'chosen' and 'rejected' texts")
-    try:
-        yield from _parquet(path) if path.suffix.lower() == ".parquet" else _json_lines(path)
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # of a damaged gzip or parquet file, or of the disk
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} cannot be read: {first}; get the file again") from error
+    taken = 0
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; give --dataset an existing {', '.join(SUFFIXES)} file or a Hub id")
+        if not path.name.lower().endswith(SUFFIXES):
+            raise DataError(f"{path} is no {', '.join(SUFFIXES)} file; {_WAY_OUT}")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty: it needs rows with 'chosen' and 'rejected' texts")
+        try:
+            for size, row in (_parquet if path.suffix.lower() == ".parquet" else _json_lines)(path):
+                texts = row.values() if isinstance(row, dict) else ()
+                taken += PER_ROW + max(
+                    size, sum(map(getsizeof, texts))
+                )  # one rare letter makes a text four times as big
+                if taken > MAX_UNPACKED:
+                    raise DataError(
+                        f"{path}: with this file the rows unpack to more than {MAX_UNPACKED} bytes; is it a data set? "
+                        "If so, give --dataset a part of it"
+                    )
+                if row is not _BLANK:
+                    yield row
+        except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:  # of a damaged file, or of the disk
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{path} cannot be read: {first}; get the file again") from error
 
 
-def _json_lines(path: Path) -> Iterator[object]:
+def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """The lines of a file, each with its bytes; one of blanks is _BLANK."""
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         number = 0
-        while line := stream.readline(MAX_LINE + 1):
+        while line := stream.readline(MAX_ROW + 1):
             number += 1
-            if len(line) > MAX_LINE:
-                raise DataError(f"{path}: line {number} is longer than {MAX_LINE} bytes; is it one row a line?")
+            if len(line) > MAX_ROW:
+                raise DataError(f"{path}: line {number} is longer than {MAX_ROW} bytes; is it one row a line?")
+            row: object = _BLANK
             if line.strip():
                 try:
-                    yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
-                    yield Unreadable(f"line {number} of {path.name} is no JSON ({type(error).__name__})")
+                    row = Unreadable(f"line {number} of {path.name} is no JSON ({type(error).__name__})")
+            yield len(line), row
 
 
-def _parquet(path: Path) -> Iterator[object]:
+def _parquet(path: Path) -> Iterator[tuple[int, object]]:
+    """The rows of a file, each with its bytes. They are unpacked singly: a long text that repeats is stored once."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:  # opened here: pyarrow and datasets take a path for a pattern of paths
         with path.open("rb") as stream:
-            for batch in ParquetFile(stream).iter_batches():
-                yield from batch.to_pylist()
+            batches = ParquetFile(stream).iter_batches(1, columns=["chosen", "rejected"], use_threads=False)
+            for number, batch in enumerate(batches):
+                columns = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
+                if (size := sum(column.nbytes for column in columns)) > MAX_ROW:
+                    raise DataError(f"{path}: row {number} is longer than {MAX_ROW} bytes; is it a dialogue?")
+                yield size, batch.to_pylist()[0]
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
 

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_helpers.errors import DataError
 from dpo_helpers.run.pairs import data_identity, load_pairs
-from dpo_helpers.run.rows import MAX_LINE
+from dpo_helpers.run.rows import MAX_ROW
 from dpo_helpers.settings import load_settings
 from dpo_helpers.worlds.embedded import preference_rows
 
@@ -317,5 +317,5 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path):
         stream.write(LINES.encode())
         for _ in range(100):
             stream.write(b"a" * 1_000_000)
-    with pytest.raises(DataError, match=rf"x\.jsonl\.gz: line 61 is longer than {MAX_LINE} bytes"):
+    with pytest.raises(DataError, match=rf"x\.jsonl\.gz: line 61 is longer than {MAX_ROW} bytes"):
         load(tmp_path / "x.jsonl.gz")
