@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """repos: {("models" | "datasets", name): (commit, folder)}; log: the paths that were asked for."""
+    """repos: {("models" | "datasets", name): (commit, folder)}; log: the paths that were asked for.
+
+    damaged: names of files that arrive with one bit flipped, under the ETag of what they should be; stalls: a part of a
+    path on which nothing is answered, or after "body:" only the first half of the body.
+    """
 
     repos: dict[tuple[str, str], tuple[str, Path]] = {}
     log: list[str] = []
+    damaged: set[str] = set()
+    stalls: str | None = None
 
     def log_message(self, *args):
         pass
@@ -25,7 +32,11 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            stalls = self.stalls and self.stalls.startswith("body:") and self.stalls[5:] in self.path
+            self.wfile.write(body[: len(body) // 2] if stalls else body)
+            self.wfile.flush()
+            if stalls:
+                time.sleep(60)
 
     def _missing(self):
         self._reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
@@ -33,6 +44,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def _handle(self):
         path = self.path.split("?")[0]
         self.log.append(f"{self.command} {path}")
+        if self.stalls and self.stalls in path:
+            time.sleep(60)
         for (kind, name), (commit, folder) in self.repos.items():
             files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
             api = f"/api/{kind}/{name}"
@@ -57,18 +70,25 @@ class HubHandler(BaseHTTPRequestHandler):
                 if not file.is_file():
                     return self._missing()
                 headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(file)}"', "Accept-Ranges": "bytes"}
-                return self._reply(200, file.read_bytes(), headers, "application/octet-stream")
+                content = bytearray(file.read_bytes())
+                content[-3] ^= file.name in self.damaged
+                return self._reply(200, bytes(content), headers, "application/octet-stream")
         return self._missing()
 
     do_GET = do_HEAD = do_POST = _handle
 
 
 def _etag(file: Path) -> str:
-    """As the Hub has it: of weights the sha256, by which its cache names them."""
-    digest = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
-    return digest(file.read_bytes()).hexdigest()
+    """As the Hub has it: of a large file the sha256, of others git's sha1. Its cache names them so."""
+    content = file.read_bytes()
+    if file.suffix in (".safetensors", ".gz", ".parquet"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 def start(repos) -> ThreadingHTTPServer:
-    handler = type("Handler", (HubHandler,), {"repos": repos, "log": []})
-    return ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler = type("Handler", (HubHandler,), {"repos": repos, "log": [], "damaged": set()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.block_on_close = False  # a thread that stalls
+    return server

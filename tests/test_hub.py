@@ -1,10 +1,14 @@
 """The Hub path, end to end: from_pretrained and load_dataset at pinned commits, against a server on this machine."""
 
+import gzip
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hub_server import start
@@ -60,16 +64,16 @@ def hub(tmp_path, tokenizer):
     server.shutdown()
 
 
-def run(tmp_path, script=SCRIPT, **environment):
+def run(tmp_path, script=SCRIPT, *arguments, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DPO_"))}
     env |= {
         "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         **environment,
     }
     return subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
 
 
@@ -95,19 +99,97 @@ def test_the_gpt2_profile_against_a_local_endpoint_then_offline_from_the_cache(t
 
 
 def check_damaged_caches(tmp_path):
-    """One flipped bit in the cached weights, a cached table that is cut short: each named, not loaded."""
-    (blob,) = [p for p in (tmp_path / "home/hub").rglob("blobs/*") if len(p.name) == 64]
-    raw = bytearray(blob.read_bytes())
-    raw[-1] ^= 1
-    blob.write_bytes(raw)
-    result = run(tmp_path, LOADED, HF_HUB_OFFLINE="1")
-    assert f"ModelError: {blob} in the Hub's cache is damaged" in result.stderr
-    assert "delete it and run this again" in result.stderr
-    (table, *_) = (tmp_path / "home/datasets").rglob("*train.arrow")
-    table.write_bytes(table.read_bytes()[:400])
-    result = run(tmp_path, HF_HUB_OFFLINE="1")
-    assert "DataError: cannot get data set 'Anthropic/hh-rlhf' from the Hub or its cache" in result.stderr
-    assert "delete a damaged cache (HF_DATASETS_CACHE)" in result.stderr
+    """One flipped bit in the cached weights, one in the cached rows: each named, not loaded."""
+    blobs = list((tmp_path / "home/hub").rglob("blobs/*"))
+    (weights,) = [blob for blob in blobs if len(blob.name) == 64]
+    (rows,) = [blob for blob in blobs if blob.read_bytes() == (tmp_path / "data/test.jsonl").read_bytes()]
+    for blob, script, kind in ((weights, LOADED, "ModelError"), (rows, SCRIPT, "DataError")):
+        whole = blob.read_bytes()
+        blob.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        result = run(tmp_path, script, HF_HUB_OFFLINE="1")
+        assert f"{kind}: {blob} in the Hub's cache is damaged" in result.stderr
+        assert "delete it and run this again" in result.stderr
+        blob.write_bytes(whole)
+
+
+@pytest.mark.slow(20)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("train.jsonl", "DataError"), ("test.jsonl", "DataError"), ("more.jsonl.gz", "DataError"),
+        ("model.safetensors", "ModelError"), ("tokenizer.json", "ModelError"),
+    ],
+)  # fmt: skip
+def test_a_flipped_bit_in_a_first_download_is_found_and_a_second_one_that_is_whole_is_used(tmp_path, hub, name, kind):
+    """The Hub's cache takes what comes, and names it by the hash of what should have come."""
+    lines = (tmp_path / "data/train.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "data/train.jsonl").write_bytes(b"".join(lines[:30]))
+    (tmp_path / "data/train").mkdir()
+    (tmp_path / "data/train/more.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[30:])))
+    hub.RequestHandlerClass.damaged = {name}
+    address = f"http://127.0.0.1:{hub.server_port}"
+    result = run(tmp_path, HF_ENDPOINT=address)
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(rf".*{kind}: .*blobs/\S+ in the Hub's cache is damaged .* delete it and run this again", last)
+    hub.RequestHandlerClass.damaged = set()
+    Path(re.search(r": (\S+) in the Hub's", last)[1]).unlink()
+    result = run(tmp_path, HF_ENDPOINT=address)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout.splitlines()[-1])["held_out"] == 8
+
+
+IMPATIENT = """
+import sys
+from dpo_helpers.run import sources
+from dpo_helpers.run.loading import load_model, load_tokenizer
+from dpo_helpers.run.pairs import load_pairs
+from dpo_helpers.settings import load_settings
+sources.SILENCE, sources.PATIENCE = 1.0, 0.2
+what, revision = sys.argv[1:]
+changed = {"dataset": "a/b", "model": "a/b"} if revision == "newest" else {}
+try:
+    {"data": load_pairs, "model": load_model, "tokenizer": load_tokenizer}[what](load_settings("gpt2", **changed))
+except sources.CourseError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def impatient(tmp_path, port, what, revision):
+    result = run(tmp_path, IMPATIENT, what, revision, HF_ENDPOINT=f"http://127.0.0.1:{port}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert not result.stderr
+    waiting, error = result.stdout.splitlines()
+    thing = "dataset" if what == "data" else "model"
+    name = "a/b" if revision == "newest" else "Anthropic/hh-rlhf" if what == "data" else "openai-community/gpt2"
+    assert waiting == f"waiting for the Hub: {thing} {name}; it is given up when nothing comes for 1 seconds"
+    return error
+
+
+@pytest.mark.slow(30)
+@pytest.mark.parametrize("what", ["data", "model", "tokenizer"])
+def test_a_hub_that_takes_the_connection_and_never_answers_is_given_up(tmp_path, what):
+    """One line while it is waited for, one at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system takes the connection
+        port = server.getsockname()[1]
+        name = "data set 'Anthropic/hh-rlhf'" if what == "data" else "model 'openai-community/gpt2'"
+        assert f"cannot get {name} from the Hub or its cache (it sent nothing for 1 seconds); check --" in impatient(
+            tmp_path, port, what, "pinned"
+        )
+        if what != "tokenizer":
+            thing = "dataset" if what == "data" else "model"
+            assert re.match(
+                rf"CourseError: cannot look up {thing} 'a/b' on the Hub \((it sent nothing for 1 seconds|.*timed out)\); check",
+                impatient(tmp_path, port, what, "newest"),
+            )
+
+
+@pytest.mark.slow(30)
+@pytest.mark.parametrize("stalls", ["/resolve/", "body:/resolve/"])
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_hub_that_falls_silent_later_is_given_up_too(tmp_path, hub, what, stalls):
+    """At the files, or in the middle of one."""
+    hub.RequestHandlerClass.stalls = stalls
+    assert "(it sent nothing for 1 seconds)" in impatient(tmp_path, hub.server_port, what, "pinned")
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..settings import Settings
-from .disk import file_hash
-from .sources import UNSAFE, Source, source_of
+from .sources import UNSAFE, Source, fetched, first_line, source_of
 
 INDEX = "model.safetensors.index.json"
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model on the Hub: no pickles, no code
@@ -33,30 +31,9 @@ def _location(source: Source) -> Iterator[dict[str, Any]]:
         _check_file(source.path)
         yield {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
     else:
-        folder = _download(source) if source.kind == "hub" else source.path
+        folder = fetched(source, _WANTED) if source.kind == "hub" else source.path
         _check_folder(folder)
         yield {"pretrained_model_name_or_path": folder}
-
-
-def _download(source: Source) -> Path:
-    """The folder of a Hub model in the Hub's cache, at the source's commit, fetched if it is not there yet."""
-    from huggingface_hub import snapshot_download
-
-    commit = source.commit()
-    try:
-        folder = Path(snapshot_download(source.name, revision=commit, allow_patterns=list(_WANTED)))
-    except Exception as error:  # network, HTTP and offline errors have no common base
-        raise ModelError(
-            f"cannot get model {source.name!r} ({_first_line(error)}); check --model, the network and HF_HUB_OFFLINE, "
-            "or use --profile mini, which needs no network"
-        ) from error
-    for file in folder.glob("*.safetensors"):
-        blob = file.resolve()  # the cache names a large file by the sha256 of its content
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_hash(blob) != blob.name:
-            raise ModelError(
-                f"{blob} in the Hub's cache is damaged (its name is its sha256): delete it and run this again"
-            )
-    return folder
 
 
 def _check_file(path: Path) -> None:
@@ -106,10 +83,6 @@ def _indexed(index: Path) -> list[str]:
         raise ModelError(f"{index} is no index of weights ({type(error).__name__}): get the file again") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
 def _config(where: dict[str, Any]) -> Any:
     """The model's configuration without the names in it that transformers would follow to other weights or to code.
 
@@ -143,7 +116,7 @@ def load_model(settings: Settings) -> Any:
             )  # fmt: skip
         except Exception as error:  # from_pretrained has no common base for what can go wrong
             raise ModelError(
-                f"cannot load model {settings.model!r} ({_first_line(error)}); check --model, or use --profile mini"
+                f"cannot load model {settings.model!r} ({first_line(error)}); check --model, or use --profile mini"
             ) from error
     _check_keys(found, settings.model)
     return with_float32_head(_plain(model) if "gguf_file" in where else model).eval()
@@ -186,7 +159,7 @@ def load_tokenizer(settings: Settings) -> Any:
         try:  # a local folder: there is no revision
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         except Exception as error:
-            raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({_first_line(error)})") from error
+            raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {settings.model!r} has no end-of-text token, which a response must end with"

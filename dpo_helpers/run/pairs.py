@@ -17,7 +17,7 @@ from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
 from .rows import Unreadable, data_files, read_rows
-from .sources import Source, source_of
+from .sources import SUFFIXES, Source, fetched, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
 MAX_FINDINGS = 100_000  # rows that may be unusable with it; after that many no more are read
@@ -112,22 +112,6 @@ def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[ob
     return read_rows(*parts["train"]), read_rows(*parts["held out"]) if parts["held out"] else None
 
 
-def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
-    from datasets import load_dataset
-
-    try:
-        parts = load_dataset(source.name, revision=source.commit())
-    except Exception as error:  # the library raises many kinds; each means that the data cannot be had
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"cannot get data set {source.name!r} from the Hub or its cache ({first}); check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE, delete a damaged cache (HF_DATASETS_CACHE), or use --dataset FILE"
-        ) from error
-    if "train" not in parts:
-        raise DataError(f"data set {source.name!r} has no 'train' split: it has {', '.join(parts)}")
-    return parts["train"], parts.get("test")
-
-
 def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterable[object] | None]:
     """Rows to train on, and rows to hold out where the data set has such."""
     if source.kind == "embedded":
@@ -135,7 +119,9 @@ def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterabl
         return train, embedded.preference_rows("test", settings.held_out_pairs)
     if source.kind == "folder":
         return _load_folder(source.path, source.label)
-    return (read_rows(source.path), None) if source.kind == "file" else _load_hub(source)
+    if source.kind == "hub":
+        return _load_folder(fetched(source, tuple(f"*{suffix}" for suffix in SUFFIXES)), source.name)
+    return read_rows(source.path), None
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
-from ..errors import CourseError
+from ..errors import CourseError, DataError, ModelError
 from ..settings import EMBEDDED, Settings
 from ..worlds import embedded
 from .disk import file_hash
@@ -17,6 +23,8 @@ from .disk import file_hash
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # pickled weights
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # of data
 FILES = (*SUFFIXES, *UNSAFE, ".gguf")  # a name that ends so is meant as a file, also where there is none
+SILENCE = 30.0  # seconds without a byte from the Hub after which it is given up
+PATIENCE = 5.0  # seconds after which a line says that the Hub is waited for
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -89,11 +97,92 @@ def _commit(what: str, name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(name) if what == "model" else HfApi().dataset_info(name)
+        with _asking(what, name):
+            info = HfApi().model_info(name) if what == "model" else HfApi().dataset_info(name)
     except Exception as error:  # network, HTTP and offline errors have no common base
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CourseError(
-            f"cannot look up {what} {name!r} on the Hub ({first}); check the name and the network, or give "
+            f"cannot look up {what} {name!r} on the Hub ({first_line(error)}); check the name and the network, or give "
             f"--{what}-revision with a commit that is in the local cache"
         ) from error
     return str(info.sha)
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, on one line."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+@contextmanager
+def _asking(what: str, name: str) -> Iterator[None]:
+    """What is asked of the Hub in here ends with a TimeoutError once no byte comes for SILENCE seconds.
+
+    The library's own limits differ by request, some have none, and each is tried six times. A line says it when this
+    takes longer than PATIENCE.
+    """
+    from huggingface_hub import get_session
+
+    asked: dict[tuple[str, str, str | None], float] = {}  # when each request was made first
+
+    def key(request: Any) -> tuple[str, str, str | None]:  # with the place where a download goes on
+        return request.method, str(request.url), request.headers.get("range")
+
+    def limit(request: Any) -> None:
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE)
+        now = time.monotonic()
+        if now - asked.setdefault(key(request), now) >= SILENCE:
+            raise TimeoutError(f"it sent nothing for {SILENCE:g} seconds")
+
+    def refused(response: Any) -> None:  # an answer too: "later", for example
+        if response.status_code >= 400:
+            asked.pop(key(response.request), None)
+
+    hooks, logger = get_session().event_hooks, logging.getLogger("huggingface_hub")
+    level = logger.level
+    line = f"waiting for the Hub: {what} {name}; it is given up when nothing comes for {SILENCE:g} seconds"
+    notice = Timer(PATIENCE, print, [line], {"flush": True})
+    notice.daemon = True
+    notice.start()
+    hooks["request"].append(limit)
+    hooks["response"].append(refused)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notice.cancel()
+        hooks["request"].remove(limit)
+        hooks["response"].remove(refused)
+        logger.setLevel(level)
+
+
+def fetched(source: Source, wanted: tuple[str, ...]) -> Path:
+    """The folder of a Hub model or data set in the Hub's cache, at its commit, fetched if it is not there yet.
+
+    wanted: patterns of the names of its files. Each is what the Hub says it is, whenever it was fetched. Raises
+    ModelError or DataError where one is damaged, or where they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    what, commit = source.what, source.commit()
+    kind = ModelError if what == "model" else DataError
+    try:
+        with _asking(what, source.name):
+            folder = Path(snapshot_download(source.name, repo_type=what, revision=commit, allow_patterns=list(wanted)))
+    except Exception as error:  # network, HTTP and offline errors have no common base
+        raise kind(
+            f"cannot get {'model' if what == 'model' else 'data set'} {source.name!r} from the Hub or its cache "
+            f"({first_line(error)}); check --{what}, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or use "
+            + ("--profile mini, which needs no network" if what == "model" else "--dataset FILE")
+        ) from error
+    for file in folder.rglob("*"):
+        blob = file.resolve()
+        if blob.is_file() and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) and blob.name != _hub_name(blob):
+            raise kind(f"{blob} in the Hub's cache is damaged (its name is its hash): delete it and run this again")
+    return folder
+
+
+def _hub_name(blob: Path) -> str:
+    """The name that the Hub's cache gives to a file of this content: sha256 of a large file, git's sha1 of a small."""
+    if len(blob.name) == 64:
+        return file_hash(blob)
+    content = blob.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

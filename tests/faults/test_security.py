@@ -792,7 +792,8 @@ def test_what_is_loaded_from_the_hub_has_a_commit(model, monkeypatch):
     """Of LOCAL's `where`: a folder; of a model of the Hub the one that was fetched by 40 hex digits, never by a branch."""
     asked = []
 
-    def fetch(name, *, revision, allow_patterns):
+    def fetch(name, *, repo_type, revision, allow_patterns):
+        assert repo_type == "model"
         asked.append((name, revision, allow_patterns))
         return str(model)
 
