@@ -138,6 +138,58 @@ def test_a_flipped_bit_in_a_first_download_is_found_and_a_second_one_that_is_who
     assert json.loads(result.stdout.splitlines()[-1])["held_out"] == 8
 
 
+ROWS = """
+from dpo_helpers.errors import CourseError
+from dpo_helpers.run.pairs import load_pairs
+from dpo_helpers.settings import load_settings
+try:
+    found = load_pairs(load_settings("gpt2", held_out_pairs=100))
+    print(sorted(p.prompt for p in found.train), sorted(p.prompt for p in found.held_out), sep=chr(10))
+except CourseError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+CARDS = {
+    "no card": None,
+    "a card without metadata": "# Preferences",
+    "a card with one data set": "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n",
+    "a card with two": "---\nconfigs:\n- config_name: helpful\n- config_name: harmless\n---\n",
+    "no card's metadata": "---\n[: {\n---\n",
+}
+
+
+@pytest.mark.slow(20)
+@pytest.mark.parametrize("card", CARDS)
+def test_a_data_set_of_the_hub_is_read_as_a_folder_of_one_data_set(tmp_path, hub, card):
+    """What is named as held out is, and no prompt of it is in training; two data sets are not mixed into one."""
+
+    def row(n, more=""):
+        return json.dumps({s: f"\n\nHuman: {n}\n\nAssistant: {s}{more}" for s in ("chosen", "rejected")}) + "\n"
+
+    for old in (tmp_path / "data").iterdir():
+        old.unlink()
+    for name, numbers in (("train.jsonl", "abcde"), ("dev.jsonl", "xy"), ("test.jsonl", "zc"), ("other.jsonl", "o")):
+        (tmp_path / "data" / name).write_text("".join(row(n, name) for n in numbers))
+    if CARDS[card]:
+        (tmp_path / "data/README.md").write_text(CARDS[card])
+    result = run(tmp_path, ROWS, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    *said, last = result.stdout.splitlines()
+    if card == "a card with two":
+        assert last == (
+            "DataError: Anthropic/hh-rlhf holds several data sets (helpful, harmless): give --dataset a folder with one's "
+            "files"
+        )
+    elif card == "no card's metadata":
+        assert re.match(r"DataError: \S+/README.md is no data set card \(.+\); give --dataset a folder$", last)
+    else:
+        ignored = "README.md, other.jsonl" if CARDS[card] else "other.jsonl"
+        assert said == [
+            f"files of Anthropic/hh-rlhf: train: train.jsonl; held out: dev.jsonl, test.jsonl; ignored: {ignored}",
+            str([f"\n\nHuman: {n}\n\nAssistant:" for n in "abde"]),
+        ]
+        assert last == str([f"\n\nHuman: {n}\n\nAssistant:" for n in "cxyz"])
+
+
 IMPATIENT = """
 import sys
 from dpo_helpers.run import sources

@@ -17,7 +17,7 @@ from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
 from .rows import Unreadable, data_files, read_rows
-from .sources import SUFFIXES, Source, fetched, source_of
+from .sources import SUFFIXES, Source, fetched, first_line, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
 MAX_FINDINGS = 100_000  # rows that may be unusable with it; after that many no more are read
@@ -112,6 +112,25 @@ def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[ob
     return read_rows(*parts["train"]), read_rows(*parts["held out"]) if parts["held out"] else None
 
 
+def _load_hub(source: Source) -> tuple[Iterator[object], Iterator[object] | None]:
+    from huggingface_hub import metadata_load
+
+    folder = fetched(source, ("README.md", *(f"*{suffix}" for suffix in SUFFIXES)))
+    card = folder / "README.md"
+    try:
+        configs = ((card.is_file() and metadata_load(card)) or {}).get("configs")
+    except Exception as error:  # of whatever stands where a card has its metadata
+        raise DataError(
+            f"{card} is no data set card ({first_line(error)}); give --dataset a folder of files"
+        ) from error
+    if isinstance(configs, list) and len(configs) > 1:
+        names = ", ".join(str(config.get("config_name")) for config in configs if isinstance(config, dict))
+        raise DataError(
+            f"{source.name} holds several data sets ({names}): give --dataset a folder with the files of one"
+        )
+    return _load_folder(folder, source.name)
+
+
 def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterable[object] | None]:
     """Rows to train on, and rows to hold out where the data set has such."""
     if source.kind == "embedded":
@@ -119,9 +138,7 @@ def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterabl
         return train, embedded.preference_rows("test", settings.held_out_pairs)
     if source.kind == "folder":
         return _load_folder(source.path, source.label)
-    if source.kind == "hub":
-        return _load_folder(fetched(source, tuple(f"*{suffix}" for suffix in SUFFIXES)), source.name)
-    return read_rows(source.path), None
+    return _load_hub(source) if source.kind == "hub" else (read_rows(source.path), None)
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:
