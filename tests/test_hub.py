@@ -176,11 +176,11 @@ def test_a_data_set_of_the_hub_is_read_as_a_folder_of_one_data_set(tmp_path, hub
     *said, last = result.stdout.splitlines()
     if card == "a card with two":
         assert last == (
-            "DataError: Anthropic/hh-rlhf holds several data sets (helpful, harmless): give --dataset a folder with one's "
-            "files"
+            "DataError: Anthropic/hh-rlhf holds several data sets (helpful, harmless): give --dataset a folder with the "
+            "files of one"
         )
     elif card == "no card's metadata":
-        assert re.match(r"DataError: \S+/README.md is no data set card \(.+\); give --dataset a folder$", last)
+        assert re.match(r"DataError: \S+/README.md is no data set card \(.+\); give --dataset a folder of files$", last)
     else:
         ignored = "README.md, other.jsonl" if CARDS[card] else "other.jsonl"
         assert said == [
