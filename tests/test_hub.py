@@ -151,7 +151,8 @@ except CourseError as error:
 CARDS = {
     "no card": None,
     "a card without metadata": "# Preferences",
-    "a card with one data set": "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n",
+    "a card with one data set": "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [train.jsonl]\n"
+    "  - split: test\n    path: [dev.jsonl, test.jsonl]\n---\n",
     "a card with two": "---\nconfigs:\n- config_name: helpful\n- config_name: harmless\n---\n",
     "no card's metadata": "---\n[: {\n---\n",
 }
@@ -174,13 +175,13 @@ def test_a_data_set_of_the_hub_is_read_as_a_folder_of_one_data_set(tmp_path, hub
     result = run(tmp_path, ROWS, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
     assert result.returncode == 0, result.stderr[-2000:]
     *said, last = result.stdout.splitlines()
-    if card == "a card with two":
-        assert last == (
-            "DataError: Anthropic/hh-rlhf holds several data sets (helpful, harmless): give --dataset a folder with the "
-            "files of one"
+    if card in ("a card with two", "no card's metadata"):
+        assert re.match(
+            r"DataError: cannot read data set 'Anthropic/hh-rlhf' \(.+\); give --dataset a folder with", last
         )
-    elif card == "no card's metadata":
-        assert re.match(r"DataError: \S+/README.md is no data set card \(.+\); give --dataset a folder of files$", last)
+    elif card == "a card with one data set":  # which maps files to splits by itself
+        assert said[-1] == str([f"\n\nHuman: {n}\n\nAssistant:" for n in "abde"])
+        assert last == str([f"\n\nHuman: {n}\n\nAssistant:" for n in "cxyz"])
     else:
         ignored = "README.md, other.jsonl" if CARDS[card] else "other.jsonl"
         assert said == [

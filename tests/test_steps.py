@@ -88,7 +88,7 @@ def test_data_is_tokenised_once(small, tokenizer, monkeypatch):
 
     monkeypatch.setattr(tokens, "encode_texts", counting)
     first = stages.get_data(small)
-    assert sum(calls) == 3 * (24 + 12), "prompt, chosen and rejected of each pair"
+    assert sorted(calls)[-4:] == [12, 24, 24, 48], "prompts, and both responses, of 24 and of 12 pairs"
     calls.clear()
     again = stages.get_data(small)
     stages._tokenizer.cache_clear()  # as in a new process

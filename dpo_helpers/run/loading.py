@@ -128,7 +128,7 @@ def load_config(settings: Settings) -> Any:
         try:
             return _config(where)
         except Exception as error:
-            raise ModelError(f"cannot read the configuration of {settings.model!r} ({_first_line(error)})") from error
+            raise ModelError(f"cannot read the configuration of {settings.model!r} ({first_line(error)})") from error
 
 
 def _check_keys(found: dict[str, Any], name: str) -> None:

@@ -112,23 +112,27 @@ def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[ob
     return read_rows(*parts["train"]), read_rows(*parts["held out"]) if parts["held out"] else None
 
 
-def _load_hub(source: Source) -> tuple[Iterator[object], Iterator[object] | None]:
+def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
+    """The rows of a Hub data set, fetched and checked: its files as a folder's, or by `datasets` where a card says how."""
+    from datasets import load_dataset
     from huggingface_hub import metadata_load
 
-    folder = fetched(source, ("README.md", *(f"*{suffix}" for suffix in SUFFIXES)))
+    folder = fetched(source, ("README.md", "*.json", "*.csv", "*.arrow", *(f"*{suffix}" for suffix in SUFFIXES)))
     card = folder / "README.md"
     try:
-        configs = ((card.is_file() and metadata_load(card)) or {}).get("configs")
-    except Exception as error:  # of whatever stands where a card has its metadata
+        described = card.is_file() and (metadata_load(card) or {}).get("configs")
+        if not described and any(path.name.lower().endswith(SUFFIXES) for path in folder.rglob("*")):
+            return _load_folder(folder, source.name)
+        parts = load_dataset(str(folder))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises many kinds; each means that the data cannot be had
         raise DataError(
-            f"{card} is no data set card ({first_line(error)}); give --dataset a folder of files"
+            f"cannot read data set {source.name!r} ({first_line(error)}); give --dataset a folder with the files of one"
         ) from error
-    if isinstance(configs, list) and len(configs) > 1:
-        names = ", ".join(str(config.get("config_name")) for config in configs if isinstance(config, dict))
-        raise DataError(
-            f"{source.name} holds several data sets ({names}): give --dataset a folder with the files of one"
-        )
-    return _load_folder(folder, source.name)
+    if "train" not in parts:
+        raise DataError(f"data set {source.name!r} has no 'train' split: it has {', '.join(parts)}")
+    return parts["train"], next((parts[name] for name in ("test", "validation") if name in parts), None)
 
 
 def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterable[object] | None]:
