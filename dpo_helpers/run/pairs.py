@@ -113,7 +113,7 @@ def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[ob
 
 
 def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
-    """The rows of a Hub data set, fetched and checked: its files as a folder's, or by `datasets` where a card says how."""
+    """The rows of a Hub data set, checked: as a folder, or by `datasets` where its card says how."""
     from datasets import load_dataset
     from huggingface_hub import metadata_load
 
