@@ -7,7 +7,6 @@ study's set-up. Any field can be overridden by keyword, by the command line, or 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -31,28 +30,36 @@ class Rule(NamedTuple):
     holds: Callable[[Any], object]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def one_of(*names: str) -> Rule:
     """One of these words."""
     return Rule("one of " + ", ".join(names), lambda x: x in names)
 
 
-POSITIVE = Rule("a positive number", lambda x: _is_number(x) and x > 0)
-NOT_NEGATIVE = Rule("0 or more", lambda x: _is_number(x) and x >= 0)
-POSITIVE_OR_NONE = Rule("a positive number", lambda x: x is None or x > 0)
-ALL_POSITIVE = Rule("positive numbers", lambda xs: all(_is_number(x) and x > 0 for x in xs))
-DIFFERENT = Rule("different positive numbers", lambda xs: xs and ALL_POSITIVE.holds(xs) and len({*xs}) == len(xs))
-SHARE = Rule("in [0, 0.5)", lambda x: _is_number(x) and 0 <= x < 0.5)
+def between(low: float, high: float, unit: str = "") -> Rule:
+    """A number from low to high, both of them allowed."""
+    return Rule(f"from {low:,} to {high:,} {unit}".strip(), lambda x: isinstance(x, (int, float)) and low <= x <= high)
+
+
+def each(rule: Rule, least: int = 0) -> Rule:
+    """At least so many values, all different, each of which keeps a rule."""
+    return Rule(
+        f"{least} or more different values {rule.words}",
+        lambda xs: least <= len(xs) == len({*xs}) and all(map(rule.holds, xs)),
+    )
+
+
+PAIRS, TOKENS = between(1, 1_000_000, "pairs"), between(1, 1_000_000, "tokens")
+PAIRS_OR_ALL = Rule(PAIRS.words, lambda x: x is None or PAIRS.holds(x))
+PROMPTS, UPDATES = between(1, 1_000_000, "prompts"), between(0, 1_000_000, "updates")
+PASSES, RATE, BETA = between(1, 1000, "passes"), between(1e-12, 1), between(1e-6, 1_000_000)
+SHARE = Rule("in [0, 0.5)", lambda x: isinstance(x, (int, float)) and 0 <= x < 0.5)
 DEVICE = Rule("auto, cpu, mps, cuda or cuda:N", lambda x: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", x))
 PRECISION = one_of("auto", "fp32", "bf16", "fp16")
 
 
 def check_loss(beta: float, loss_type: str, label_smoothing: float) -> None:
     """SettingsError, naming the value, unless `losses.dpo_loss` can be computed with these."""
-    given = {"beta": (beta, POSITIVE), "loss_type": (loss_type, one_of(*LOSS_TYPES))}
+    given = {"beta": (beta, BETA), "loss_type": (loss_type, one_of(*LOSS_TYPES))}
     _require({**given, "label_smoothing": (label_smoothing, SHARE)})
     if label_smoothing and loss_type not in SMOOTHED:
         raise SettingsError(
@@ -85,37 +92,37 @@ class Settings:
     model_revision: str | None = _setting(None, "40-hex commit of a Hub model; looked up and recorded if not given")
     dataset: str = _setting(EMBEDDED, "'embedded', a Hub id, a folder, or a .jsonl, .jsonl.gz or .parquet file")
     dataset_revision: str | None = _setting(None, "40-hex commit of a Hub data set; looked up if not given")
-    max_pairs: int | None = _setting(None, "most training pairs, drawn by seed; all if not given", POSITIVE_OR_NONE)
-    held_out_pairs: int = _setting(480, "pairs kept for evaluation; no prompt is on both sides", POSITIVE)
+    max_pairs: int | None = _setting(None, "most training pairs, drawn by seed; all if not given", PAIRS_OR_ALL)
+    held_out_pairs: int = _setting(480, "pairs kept for evaluation; no prompt is on both sides", PAIRS)
     allow_dropped: bool = _setting(False, "go on although more than 5 % of the rows cannot be used")
-    max_length: int = _setting(256, "tokens of prompt + response at most; EM uses 512", POSITIVE)
-    max_prompt_length: int = _setting(128, "last prompt tokens kept of a pair that is too long; EM: 256", POSITIVE)
-    freeze_layers: int = _setting(8, "first blocks that are frozen; study: 8 of 12", NOT_NEGATIVE)
+    max_length: int = _setting(256, "tokens of prompt + response at most; EM uses 512", TOKENS)
+    max_prompt_length: int = _setting(128, "last prompt tokens kept of a pair that is too long; EM: 256", TOKENS)
+    freeze_layers: int = _setting(8, "first blocks that are frozen; study: 8 of 12", between(0, 1000, "blocks"))
     freeze_embeddings: bool = _setting(True, "freeze the input embeddings too, and so GPT-2's tied output head")
-    epochs: int = _setting(2, "passes over the training pairs for DPO; study: 5", POSITIVE)
-    sft_epochs: int = _setting(1, "passes over the chosen responses for SFT", POSITIVE)
-    batch_size: int = _setting(16, "pairs per update; the paper uses 64, the study does not say", POSITIVE)
-    micro_batch_size: int = _setting(8, "pairs per forward pass: bounds memory, same gradient", POSITIVE)
-    learning_rate: float = _setting(1e-6, "of DPO; study and paper: 1e-6", POSITIVE)
-    sft_learning_rate: float = _setting(1e-6, "of SFT; the study names one rate, 1e-6", POSITIVE)
+    epochs: int = _setting(2, "passes over the training pairs for DPO; study: 5", PASSES)
+    sft_epochs: int = _setting(1, "passes over the chosen responses for SFT", PASSES)
+    batch_size: int = _setting(16, "pairs per update; the paper uses 64, the study does not say", PAIRS)
+    micro_batch_size: int = _setting(8, "pairs per forward pass: bounds memory, same gradient", PAIRS)
+    learning_rate: float = _setting(1e-6, "of DPO; study and paper: 1e-6", RATE)
+    sft_learning_rate: float = _setting(1e-6, "of SFT; the study names one rate, 1e-6", RATE)
     optimizer: str = _setting("rmsprop", "rmsprop (study, paper) or adamw", one_of("rmsprop", "adamw"))
-    warmup_steps: int = _setting(150, "updates of linear warm-up; paper and EM: 150", NOT_NEGATIVE)
+    warmup_steps: int = _setting(150, "updates of linear warm-up; paper and EM: 150", UPDATES)
     schedule: str = _setting("constant", "then: constant (EM) or linear, falling to 0", one_of("constant", "linear"))
-    max_grad_norm: float = _setting(10.0, "gradients are clipped to this norm; EM: 10", POSITIVE)
+    max_grad_norm: float = _setting(10.0, "gradients are clipped to this norm; EM: 10", between(1e-6, 1_000_000))
     beta: float = _setting(0.5, "weight of the KL to the reference; study: 0.5; paper: 0.1")
-    betas: tuple[float, ...] = _setting((0.1, 0.5, 1.0, 5.0), "the sweep; study: 0.1,0.5,1,5", DIFFERENT)
-    frontier_betas: tuple[float, ...] = _setting((0.05,), "more β for the frontier; paper: 0.05", ALL_POSITIVE)
+    betas: tuple[float, ...] = _setting((0.1, 0.5, 1.0, 5.0), "the sweep; study: 0.1,0.5,1,5", each(BETA, 1))
+    frontier_betas: tuple[float, ...] = _setting((0.05,), "more β for the frontier; paper: 0.05", each(BETA))
     loss_type: str = _setting("sigmoid", "sigmoid (DPO), ipo, hinge or robust; names as in TRL")
     label_smoothing: float = _setting(0.0, "share of labels taken to be wrong, for sigmoid (cDPO) and robust")
     init_from: str = _setting("base", "π_ref: base, the plain model (study), or sft (paper)", one_of("base", "sft"))
-    prompts: int = _setting(120, "held-out prompts that are answered to measure KL and text", POSITIVE)
-    max_new_tokens: int = _setting(64, "tokens of a sampled response at most", POSITIVE)
-    curve_prompts: int = _setting(40, "prompts of them at each point of a training curve", POSITIVE)
-    curve_points: int = _setting(5, "evaluations during a training, for its curves", POSITIVE)
-    trunk_gb: float = _setting(4.0, "GB for the frozen blocks' output, on disk or on the GPU", NOT_NEGATIVE)
-    save_every: int = _setting(50, "updates between two checkpoints of a training", POSITIVE)
+    prompts: int = _setting(120, "held-out prompts that are answered to measure KL and text", PROMPTS)
+    max_new_tokens: int = _setting(64, "tokens of a sampled response at most", TOKENS)
+    curve_prompts: int = _setting(40, "prompts of them at each point of a training curve", PROMPTS)
+    curve_points: int = _setting(5, "evaluations during a training, for its curves", between(1, 1000, "points"))
+    trunk_gb: float = _setting(4.0, "for the frozen blocks' output, on disk or on the GPU", between(0, 100_000, "GB"))
+    save_every: int = _setting(50, "updates between two checkpoints of a training", between(1, 1_000_000, "updates"))
     resume: bool = _setting(True, "go on with an unfinished training; no: set it aside and begin again")
-    seed: int = _setting(0, "seed of everything random", NOT_NEGATIVE)
+    seed: int = _setting(0, "seed of everything random", between(0, 2**32 - 1))
     device: str = _setting("auto", "auto, cuda, cuda:N, mps or cpu", DEVICE)
     precision: str = _setting("auto", "auto on cuda: bf16 if the chip has it, else fp16", PRECISION)
     runs_dir: str = _setting("", "where runs are kept; default: runs/ beside the notebooks")

@@ -79,7 +79,7 @@ def test_help_documents_every_setting_with_both_profiles():
         (["data", "--dataset", "bad.jsonl"], "error: bad.jsonl: 1 of 3 rows cannot be used (most often: no 'chosen': every row needs"),
         (["data", "--dataset", "empty.jsonl"], "error: empty.jsonl is empty: it needs rows"),
         (["reference", "--model", "no-weights"], "error: no-weights holds no weights: it needs model.safetensors"),
-        (["dpo", "--beta", "0"], "error: beta is 0.0, but must be a positive number"),
+        (["dpo", "--beta", "0"], "error: beta is 0.0, but must be from 1e-06 to 1,000,000"),
         (["dpo", "--beta", "strong"], "error: beta is 'strong', but must be of the form float"),
         (["dpo", "--device", "cuda"], "error: device is 'cuda', but torch sees no CUDA GPU"),
         (["dpo", "--freeze-layers", "13", "--max-pairs", "16", "--held-out-pairs", "8"],

@@ -1,9 +1,10 @@
 import math
+from dataclasses import fields
 
 import pytest
 
 from dpo_helpers.errors import SettingsError
-from dpo_helpers.settings import GPT2_REVISION, HH_REVISION, default_runs_dir, load_settings, parse_value
+from dpo_helpers.settings import GPT2_REVISION, HH_REVISION, Settings, default_runs_dir, load_settings, parse_value
 
 
 def test_the_study_profile():
@@ -29,6 +30,43 @@ def test_the_study_profile():
 def test_a_bad_value_is_an_error_that_names_it(name, value):
     with pytest.raises(SettingsError, match=f"{name} is .*, but must be"):
         load_settings("mini", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("seed", str(10**21), "from 0 to 4,294,967,295"),
+        ("sft_learning_rate", "1e308", "from 1e-12 to 1"),
+        ("trunk_gb", "1e300", "from 0 to 100,000 GB"),
+        ("epochs", str(10**10), "from 1 to 1,000 passes"),
+        ("held_out_pairs", str(3 * 10**9), "from 1 to 1,000,000 pairs"),
+        ("max_pairs", str(10**9), "from 1 to 1,000,000 pairs"),
+        ("max_new_tokens", str(10**9), "from 1 to 1,000,000 tokens"),
+        ("betas", "0.1,1e300", "1 or more different values from 1e-06 to 1,000,000"),
+        ("frontier_betas", "1e-300", "0 or more different values from 1e-06 to 1,000,000"),
+    ],
+)
+def test_a_number_out_of_range_is_an_error_that_says_the_range_with_its_unit(monkeypatch, name, text, words):
+    monkeypatch.setenv(f"DPO_{name.upper()}", text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings("mini")
+    assert str(caught.value) == f"{name} is {parse_value(name, text)!r}, but must be {words}"
+
+
+MAY_BE_0 = {"freeze_layers", "warmup_steps", "label_smoothing", "trunk_gb", "seed"}
+
+
+def test_every_number_has_two_ends():
+    """No setting can be so large or so small that a run overflows or never ends; the ends themselves are allowed."""
+    numbers = {f.name: str(f.type) for f in fields(Settings) if str(f.type).startswith(("int", "float", "tuple"))}
+    assert len(numbers) == 24
+    for name, kind in numbers.items():
+        for far in (-1, 1e13, 10**400, math.inf, math.nan, *([] if name in MAY_BE_0 else [0])):
+            with pytest.raises(SettingsError, match=f"{name} is .*, but must be"):
+                load_settings("mini", **{name: (far,) if kind.startswith("tuple") else far})
+    for ends in ({"seed": 2**32 - 1, "epochs": 1000, "beta": 1_000_000, "trunk_gb": 100_000, "learning_rate": 1},
+                 {"held_out_pairs": 1, "epochs": 1, "beta": 1e-6, "learning_rate": 1e-12, **dict.fromkeys(MAY_BE_0, 0)}):  # fmt: skip
+        assert load_settings("mini", **ends)
 
 
 def test_unknown_profile_and_setting():
