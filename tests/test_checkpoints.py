@@ -4,8 +4,11 @@ import json
 import math
 import os
 import random
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.run import disk
@@ -149,6 +152,36 @@ def test_write_text_leaves_no_part(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtefactError, match="cannot write"):
         write_text(tmp_path / "file/report.html", "x")
+
+
+def test_two_writers_of_one_file_do_not_touch_each_others_half(tmp_path, monkeypatch):
+    """The second one begins and ends while the first is at its last step: two reports of one run."""
+    path, real, writers = tmp_path / "generations.json", os.replace, ["second"]
+
+    def replace(source, target):
+        if writers:
+            write_text(path, writers.pop())
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_text(path, "first")
+    assert path.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["generations.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("mask", "of_folder", "of_file"), [(0o002, 0o775, 0o664), (0o027, 0o750, 0o640)])
+def test_what_is_written_is_open_to_whom_the_umask_says(tmp_path, mask, of_folder, of_file):
+    before = os.umask(mask)
+    try:
+        with writing(tmp_path / "dpo", {}) as draft:
+            save_file({"a": torch.zeros(1)}, draft.folder / "model.safetensors")
+        write_text(tmp_path / "results.json", "{}")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "dpo").stat().st_mode) == of_folder
+    for name in ("dpo/model.safetensors", "dpo/manifest.json", "results.json"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == of_file, name
 
 
 def test_file_hash(tmp_path):

@@ -1,5 +1,6 @@
 """The pictures that explain, read back from their artists: what is drawn must be what was given or can be derived."""
 
+import errno
 import math
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from dpo_helpers.errors import ArtefactError
 from dpo_helpers.evaluation import Evaluation
 from dpo_helpers.fast.flat import flatten
 from dpo_helpers.show import figures
@@ -761,6 +763,24 @@ def test_any_beta_has_a_look_of_its_own():
     assert len(taken) == len(canvas.MODEL_MARKER) + len(BETAS)
     assert not taken & {marker for _, marker in others}
     assert canvas.run_style("β = $1$") == canvas.run_style("β = -1")
+
+
+def test_a_disk_that_refuses_leaves_the_earlier_picture_and_is_one_error_with_its_path(tmp_path, monkeypatch):
+    figures.plot_gradient_weight(tmp_path)
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+
+    def full(self, target, **more):
+        with open(target, "wb") as stream:
+            stream.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plt.Figure, "savefig", full)
+    with pytest.raises(ArtefactError) as caught:
+        figures.plot_gradient_weight(tmp_path)
+    assert str(caught.value) == f"cannot write {file}: No space left on device; free space or use another --runs-dir"
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_all_pictures_are_here():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ArtefactError
+from ..show.files import refused
 from ..untrusted import one_line
 from . import processes
 from .disk import changed_keys, load_manifest, set_aside, write_text, writing
@@ -137,9 +138,7 @@ class Checkpoints:
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise ArtefactError(
-                f"cannot write {path}: {error.strerror or error}; free space or use another --runs-dir"
-            ) from error
+            raise refused(path, error) from error
 
     def discard(self) -> None:
         """Remove the checkpoints of this training, now that its artefact is whole; those of another one stay."""

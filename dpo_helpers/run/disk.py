@@ -14,8 +14,8 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import ArtefactError
+from ..show.files import flush, refused, temporary_name, whole
 
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 _REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "EEXIST", "ENOTDIR", "ENAMETOOLONG")
@@ -59,16 +60,6 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to flush it
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def set_aside(folder: Path) -> Path:
     """Rename an artefact to the next free <name>.old-<n>, so that making it again loses nothing."""
     n = 1
@@ -91,7 +82,7 @@ def start_over(run_dir: Path) -> None:
     try:
         print(f"{run_dir} is moved aside to {set_aside(run_dir)}")
     except OSError as error:
-        raise _refused(run_dir, error) from error
+        raise refused(run_dir, error) from error
 
 
 @contextmanager
@@ -112,7 +103,7 @@ def holding(folder: Path) -> Iterator[None]:
             "--runs-dir"
         ) from None
     except OSError as error:
-        raise _refused(folder, error) from error
+        raise refused(folder, error) from error
     try:
         remove_halves(folder)
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -136,12 +127,8 @@ def _who(holder: Path) -> str:
 
 def remove_halves(folder: Path) -> None:
     """Remove what a killed process left of `writing` this folder; only its one maker may call this."""
-    for left in folder.parent.glob(f".{folder.name}-????????"):  # as tempfile names it
+    for left in folder.parent.glob(f".{folder.name}-????????"):  # as `temporary_name` does
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _refused(path: Path, error: OSError) -> ArtefactError:
-    return ArtefactError(f"cannot write {path}: {error.strerror or error}; free space or use another --runs-dir")
 
 
 @dataclass
@@ -160,11 +147,10 @@ def writing(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Draft]:
     what is good to know (versions, device, time). An earlier folder of that name is set aside. On an error the
     temporary place is removed and nothing else has changed; ArtefactError names the path where the disk refuses.
     """
-    temporary: Path | None = None
+    temporary = temporary_name(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        temporary.chmod(0o755)
+        temporary.mkdir()
         draft = Draft(temporary)
         yield draft
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
@@ -172,38 +158,31 @@ def writing(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Draft]:
         manifest = {"made_from": dict(made_from), "about": draft.about, "files": hashes}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / SEAL).write_text(json_hash(manifest) + "\n", encoding="utf-8")
+        for path in files:  # safetensors gives its own to their owner alone, whatever the umask says
+            path.chmod(stat.S_IMODE((temporary / SEAL).stat().st_mode))
         for path in (*files, temporary / MANIFEST, temporary / SEAL, temporary):
-            _flush(path)
+            flush(path)
         if folder.exists():
             set_aside(folder)
         os.replace(temporary, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         if error.errno in _DISK_ERRORS:
-            raise _refused(folder, error) from error
+            raise refused(folder, error) from error
         raise ArtefactError(f"making {folder} failed: {type(error).__name__}: {error}") from error
     except SafetensorError as error:  # what the library makes of a full disk, among other things
         raise ArtefactError(
             f"making {folder} failed: {error}; is the disk full? If so, use another --runs-dir"
         ) from error
     finally:
-        if temporary is not None and temporary.exists():
+        if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write one text file whole or not at all; ArtefactError names the path where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _refused(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def load_manifest(folder: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from ...untrusted import one_line
+from ..files import whole
 
 COLOURS = sns.color_palette("colorblind")
 MODEL_COLOUR = {
@@ -145,12 +146,16 @@ def quoted(token: str, length: int = 24) -> str:
 
 
 def finish(figure: Figure, folder: Path | None, name: str, summary: str) -> str:
-    """Save the figure as folder/name.png (nowhere without a folder), show it, print its summary."""
+    """Save the figure as folder/name.png (nowhere without a folder), show it, print its summary.
+
+    Raises ArtefactError, naming the file, where the disk refuses.
+    """
     summary = one_line(summary)
     _put_legends_below(figure)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Description": summary, "Software": None})
+        with whole(folder / f"{name}.png") as temporary:
+            metadata = {"Description": summary, "Software": None}
+            figure.savefig(temporary, format="png", dpi=120, metadata=metadata)
     if "inline" in plt.get_backend():
         plt.show()
     plt.close(figure)
