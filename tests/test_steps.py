@@ -14,7 +14,7 @@ from dpo_helpers.errors import ArtefactError
 from dpo_helpers.fast import architectures
 from dpo_helpers.fast.store import TrunkStore
 from dpo_helpers.models import weights_hash
-from dpo_helpers.run import measures, outputs, stages, trained
+from dpo_helpers.run import measures, outputs, report, stages, trained
 from dpo_helpers.run.report import check_results, make_report, results_schema
 from dpo_helpers.uncertainty import mean_and_error
 
@@ -143,6 +143,36 @@ def test_a_sweep_shares_the_main_run_and_names_the_rest(small):
     assert sweep[0.5].folder == small.run_dir / "dpo"
     assert sweep[5.0].folder == small.run_dir / "sweep/beta-5"
     assert sweep[5.0].manifest["made_from"]["reference"] == sweep[0.5].manifest["made_from"]["reference"]
+
+
+def test_two_beta_that_are_almost_the_same_have_two_names(small, monkeypatch):
+    almost = 0.1000000001
+    sweep = stages.get_sweep(replace(small, betas=(0.1, almost, 5.0)))
+    assert [model.folder.name for model in sweep.values()] == ["beta-0.1", "beta-0.1000000001", "beta-5"]
+    for beta, model in sweep.items():
+        model.require_unchanged()  # the second one has not taken the first one's place
+        assert model.manifest["made_from"]["beta"] == beta
+    for name in ("get_sft", "get_hot_dpo", "get_dpo"):
+        monkeypatch.setattr(measures, name, lambda settings, beta=None: beta)
+    monkeypatch.setattr(measures, "_points", lambda settings, model: model)
+    points = measures.get_frontier(replace(small, betas=(0.1, almost, 5.0), frontier_betas=(1e-05,)))
+    assert points == {
+        "sft": None, "β = 1e-05": 1e-05, "β = 0.1": 0.1, "β = 0.1000000001": almost, "β = 5": 5.0, "hot": None
+    }  # fmt: skip
+
+
+def test_results_are_on_disk_before_anything_is_drawn_or_shown(small, monkeypatch):
+    def _fail(settings):
+        raise OSError("a figure that cannot be drawn, or said")
+
+    monkeypatch.setattr(report, "collect_results", lambda settings: {"measured": 1})
+    monkeypatch.setattr(report, "get_generations", lambda settings: {})
+    monkeypatch.setattr(report, "get_final_model", lambda settings: None)
+    monkeypatch.setattr(report, "draw_figures", _fail)
+    with pytest.raises(OSError, match="a figure that cannot be drawn"):
+        make_report(small)
+    assert json.loads((small.run_dir / "results.json").read_text()) == {"measured": 1}
+    assert json.loads((small.run_dir / "generations.json").read_text()) == {}
 
 
 def test_an_unwritable_folder_is_one_clear_error(small, tmp_path):

@@ -19,7 +19,7 @@ from ..worlds import embedded
 from .artefacts import ModelArtefact, open_artefact, read_jsonl, write_jsonl
 from .machine import compute_of
 from .sampled import prompts_to_sample, sample_and_measure, true_rewards
-from .stages import get_base, get_data, get_dpo, get_hot_dpo, get_reference, get_sft, get_sweep
+from .stages import beta_name, get_base, get_data, get_dpo, get_hot_dpo, get_reference, get_sft, get_sweep
 from .trained import CURVE_PAIRS
 
 KLS = "kls.safetensors"
@@ -109,7 +109,7 @@ def get_frontier(settings: Settings) -> dict[str, list[MetricsRow]]:
     of the same update, is of all, as `get_evaluation` has it. A run without a curve has only that one.
     """
     betas = sorted({*settings.betas, *settings.frontier_betas})
-    models = {"sft": get_sft(settings)} | {f"β = {beta:g}": get_dpo(settings, beta) for beta in betas}
+    models = {"sft": get_sft(settings)} | {f"β = {beta_name(beta)}": get_dpo(settings, beta) for beta in betas}
     return {name: _points(settings, model) for name, model in (models | {"hot": get_hot_dpo(settings)}).items()}
 
 

@@ -32,7 +32,7 @@ from .measures import (
     get_values,
 )
 from .outputs import get_final_model, get_generations
-from .stages import get_base, get_data, get_dpo, get_sft, get_sweep
+from .stages import beta_name, get_base, get_data, get_dpo, get_sft, get_sweep
 
 COLUMNS = {
     "true_reward": "true reward",
@@ -88,7 +88,7 @@ def collect_results(settings: Settings) -> dict[str, Any]:
             "accuracy_baselines": accuracy_baselines(settings),
         },
         "models": {name: _model_record(settings, e, models[name]) for name, e in comparison.items()},
-        "sweep": {f"{b:g}": _model_record(settings, sweep[b], s) for b, s in get_sweep(settings).items()},
+        "sweep": {beta_name(b): _model_record(settings, sweep[b], s) for b, s in get_sweep(settings).items()},
         "frontier": {name: [_point(row) for row in rows] for name, rows in get_frontier(settings).items()},
         "differences": {key: vars(interval) for key, interval in get_differences(settings).items()},
     }
@@ -167,13 +167,17 @@ def _show(value: object) -> str:
 def make_report(settings: Settings) -> Path:
     """Write results.json, generations.json, figures/ and report.html of a run; returns the report's path.
 
-    The report is one file that needs no network: figures are inside, data and model text is escaped.
+    The report is one file that needs no network: figures are inside, data and model text is escaped. What was measured
+    is written first, so that nothing that goes wrong with a figure costs it.
     """
     run = settings.run_dir
     results = collect_results(settings)
-    summaries = draw_figures(settings)
+    write_text(run / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     generations = get_generations(settings)
+    plain = {key: [vars(r) for r in responses] for key, responses in generations.items()}
+    write_text(run / "generations.json", json.dumps(plain, indent=1) + "\n")
     get_final_model(settings)
+    summaries = draw_figures(settings)
     images = [
         {"data": base64.b64encode((run / "figures" / f"{name}.png").read_bytes()).decode(), "summary": summary}
         for name, summary in summaries.items()
@@ -187,8 +191,5 @@ def make_report(settings: Settings) -> Path:
         differences=results["differences"],
         hashes={name: record["weights_sha256"] for name, record in results["models"].items()},
     )  # fmt: skip
-    plain = {key: [vars(r) for r in responses] for key, responses in generations.items()}
-    write_text(run / "generations.json", json.dumps(plain, indent=1) + "\n")
-    write_text(run / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_text(run / "report.html", page)
     return run / "report.html"

@@ -147,7 +147,7 @@ def get_dpo(settings: Settings, beta: float | None = None) -> ModelArtefact:
     def _row(scores: PairScores, start: PairScores) -> MetricsRow:
         return preference_metrics(scores, start, beta, settings.loss_type, settings.label_smoothing)
 
-    name = "dpo" if beta == settings.beta else f"sweep/beta-{beta:g}"
+    name = "dpo" if beta == settings.beta else f"sweep/beta-{beta_name(beta)}"
     return train_dpo(settings, get_data(settings), name, objective, settings.learning_rate, curve_row=_row)
 
 
@@ -156,6 +156,11 @@ def get_dpo_from_sft(settings: Settings) -> ModelArtefact:
     objective = dpo_objective(settings, settings.beta, get_sft(settings).scores("train"))
     name, settings = "dpo-from-sft", replace(settings, init_from="sft")
     return train_dpo(settings, get_data(settings), name, objective, settings.learning_rate)
+
+
+def beta_name(beta: float) -> str:
+    """β as folders and keys name it: "5", "0.1", and all digits where there are more, so that no two share a name."""
+    return repr(float(beta)).removesuffix(".0")
 
 
 def get_hot_dpo(settings: Settings) -> ModelArtefact:
