@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -250,6 +252,30 @@ def build_mini_command(
     build_mini(out)
 
 
+class _Output(io.FileIO):
+    """Standard output or error: once it refuses what is written (a closed pipe, a full disk), the rest goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _lasting(stream: Any) -> Any:
+    """The same stream, of which no write is an error: a character that its encoding lacks is written as its number."""
+    if stream is None or (os.name == "nt" and stream.isatty()):  # Windows writes Unicode to its console by itself
+        return stream
+    stream.flush()
+    raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **buffering)
+
+
 def main() -> None:
-    """Entry point."""
+    """Entry point. Nothing that is printed ends a run: not in a terminal without UTF-8, not into a closed pipe."""
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     app()

@@ -71,6 +71,39 @@ def test_help_documents_every_setting_with_both_profiles():
     assert "of DPO; study and paper: 1e-6 [mini: 0.0005; gpt2: 1e-06]" in words
 
 
+def test_a_terminal_without_utf_8_gets_the_numbers_of_what_it_lacks():
+    said = run("all", "--help", PYTHONIOENCODING="cp1252")
+    assert said.returncode == 0, said.stderr
+    assert "more \\u03b2 for the frontier; paper: 0.05" in " ".join(said.stdout.split())
+    assert "one rate, 1e-6" in said.stdout
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no /dev/full, and closes pipes differently")
+@pytest.mark.parametrize("where", ["cp1252", "a closed pipe", "a full disk"])
+def test_output_that_is_refused_ends_no_run(tmp_path, monkeypatch, where):
+    """The second run says first that it makes the data again, with an arrow in it, and makes it then."""
+    monkeypatch.setenv("DPO_PROFILE", "mini")
+    options = ["--held-out-pairs", "8", "--runs-dir", str(tmp_path)]
+    assert CliRunner().invoke(app, ["data", "--max-pairs", "16", *options]).exit_code == 0
+    out = {"cp1252": lambda: os.open(tmp_path / "o.txt", os.O_CREAT | os.O_WRONLY), "a closed pipe": closed_pipe}.get(
+        where, lambda: os.open("/dev/full", os.O_WRONLY)
+    )()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "dpo_helpers", "data", "--max-pairs", "12", *options]
+    done = subprocess.run(command, env=env, stdout=out, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "mini/data/manifest.json").read_text())["made_from"]["max_pairs"] == 12
+    if where == "cp1252":
+        assert "(max_pairs: 16 \\u2192 12)" in (tmp_path / "o.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
