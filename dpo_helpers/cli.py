@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -59,7 +60,7 @@ FRESH = inspect.Parameter(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A CourseError becomes one line on standard error and status 2; Ctrl-C and SIGTERM one line and 128 + signal."""
+    """An error becomes one line on standard error and status 2; Ctrl-C and SIGTERM one line and 128 + signal."""
     try:
         yield
     except CourseError as error:
@@ -68,6 +69,14 @@ def _plain_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         typer.echo("\n" + (str(stop) or "interrupted: finished stages are kept; run the same again to go on"), err=True)
         raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+    except Exception as error:  # of the machine, or a fault of ours, which its place helps to find
+        package = str(Path(__file__).parent)
+        frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)][-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        advice = "free disk or memory if one is full; else it is a fault of the course, to be reported with this line"
+        typer.echo(one_line(f"error: {what} ({place}); {advice}"), err=True)
+        raise typer.Exit(2) from None
 
 
 def command(run: Callable[..., None]) -> Callable[..., None]:
@@ -249,7 +258,8 @@ def build_mini_command(
     """Rebuild the embedded GPT-2 from nothing, as it ships in dpo_helpers/worlds/mini/model/."""
     from .tools.pretrain import build_mini
 
-    build_mini(out)
+    with _plain_errors():
+        build_mini(out)
 
 
 class _Output(io.FileIO):

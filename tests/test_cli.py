@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from conftest import ROOT, SMALL
 from dpo_helpers.cli import app
+from dpo_helpers.run import stages
 from dpo_helpers.worlds.embedded import preference_rows
 
 
@@ -131,6 +132,43 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, me
     monkeypatch.setenv("DPO_PROFILE", "mini")  # the command writes it
     result = CliRunner().invoke(app, [*arguments, "--runs-dir", "runs"])
     check_bad(tmp_path, result.exit_code, result.stderr, message)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError(28, "No space left on device", "/x/a\x1b[31m"), "OSError: [Errno 28] No space left on device: '/x/a\\x1b[31m'"),
+        (MemoryError(), "MemoryError:"),
+        (OverflowError("too\nlarge"), "OverflowError: too large"),
+        (RuntimeError("a\x1b[31mb"), "RuntimeError: a\\x1b[31mb"),
+    ],
+)  # fmt: skip
+def test_any_other_error_is_one_line_too_that_says_where_it_was(tmp_path, monkeypatch, raised, said):
+    def _raise(settings):
+        raise raised
+
+    monkeypatch.setenv("DPO_PROFILE", "mini")
+    monkeypatch.setattr(stages, "get_data", _raise)
+    result = CliRunner().invoke(app, ["data", "--runs-dir", str(tmp_path)])
+    assert result.exit_code == 2
+    advice = "free disk or memory if one is full; else it is a fault of the course, to be reported with this line"
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(rf"error: {re.escape(said)} \(cli\.py, line \d+\); {advice}", line), line
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux keeps to a limit of the address space")
+def test_too_little_address_space_is_one_line(tmp_path):
+    """As `ulimit -v` sets it: torch cannot be mapped."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))\n"
+    code = (
+        f"{limit}sys.argv = ['dpo', 'data', '--runs-dir', {str(tmp_path)!r}]\nfrom dpo_helpers.cli import main; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "free disk or memory if one is full" in line
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,12 @@ def test_a_full_disk_is_said_and_survived(monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().out
 
 
+def test_a_folder_that_takes_no_file_is_no_room(tmp_path, capsys):
+    store = TrunkStore(10, 4, torch.device("cpu"), budget=1e9, folder=tmp_path / "gone")
+    assert store.capacity == 0
+    assert "no room for 0.00 GB of the frozen blocks' output (No such file or directory)" in capsys.readouterr().out
+
+
 def test_a_gpu_gives_half_of_its_free_memory(monkeypatch):
     """Room for 5 rows of 16 bytes in half of 170 bytes, whatever the budget says."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (170, 999))

@@ -70,16 +70,16 @@ class TrunkStore:
 
 def _mapped_file(size: int, folder: Path | None) -> mmap.mmap | None:
     """A nameless file of this size, mapped; None, with a line that says so, where the disk has no room for it."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):  # reserves the room: writing a map past a full disk would kill us
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
             return mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            print(
-                f"no room for {size / 1e9:.2f} GB of the frozen blocks' output ({error.strerror}): they are run again "
-                "at each step, which is slower and gives the same numbers"
-            )
-            return None
+    except OSError as error:
+        print(
+            f"no room for {size / 1e9:.2f} GB of the frozen blocks' output ({error.strerror}): they are run again "
+            "at each step, which is slower and gives the same numbers"
+        )
+        return None
