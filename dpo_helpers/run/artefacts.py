@@ -28,7 +28,7 @@ from ..settings import Settings
 from ..training import MetricsRow
 from ..untrusted import one_line
 from . import processes
-from .disk import changed_keys, holding, load_manifest, writing
+from .disk import changed_keys, holding, load_manifest, require_idle, writing
 from .loading import load_saved
 from .machine import compute_of, describe, peak_memory_gb
 
@@ -58,7 +58,8 @@ def open_artefact(settings: Settings, name: str, made_from: Mapping[str, Any]) -
 
     It is wanted where there is none, or one that is damaged or was made from something else; that one is set aside, and
     a line says which file or setting it was. Of several processes the first one makes it, while the others take part in
-    what they have to (a training), and wait at the end of the `with` until it is there.
+    what they have to (a training), and wait at the end of the `with` until it is there. Raises ArtefactError, saying
+    who it is, while a process of somebody else's makes it, or makes something that may need what would be set aside.
     """
     place = settings.run_dir / name
     made_from = json.loads(json.dumps({"format": FORMAT, **made_from}))
@@ -71,6 +72,8 @@ def open_artefact(settings: Settings, name: str, made_from: Mapping[str, Any]) -
         yield artefact
     else:
         with holding(place):
+            if place.exists() and not _is_made(place, made_from):
+                require_idle(settings.run_dir, place)  # a training may be on what would be set aside
             artefact.wanted = artefact.mine = not _is_made(place, made_from, why=name)  # another one may be done by now
             processes.from_first(artefact.wanted)
             if not artefact.wanted:

@@ -69,6 +69,18 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
+def require_idle(run_dir: Path, mine: Path | None = None) -> None:
+    """ArtefactError, saying who it is, if a process is making something in a run, which may need what is there now.
+
+    mine: what this process itself is making.
+    """
+    for lock in run_dir.rglob(".*.lock"):
+        folder = lock.with_name(lock.name[1:].removesuffix(".lock"))
+        if folder != mine:
+            with holding(folder):
+                pass
+
+
 def start_over(run_dir: Path) -> None:
     """Move a run aside, whole, so that the next one begins with nothing; a printed line says where it is now.
 
@@ -76,9 +88,7 @@ def start_over(run_dir: Path) -> None:
     """
     if not run_dir.exists():
         return
-    for note in run_dir.rglob(".*.lock"):
-        with holding(note.with_name(note.name[1:].removesuffix(".lock"))):
-            pass
+    require_idle(run_dir)
     try:
         print(f"{run_dir} is moved aside to {set_aside(run_dir)}")
     except OSError as error:

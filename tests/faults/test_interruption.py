@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,8 +148,6 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_not_swallowed(cpu, tmp
 
 def test_an_out_of_memory_training_may_go_on_in_smaller_parts(small):
     """As the message to several processes advises; the half training must not be refused for it."""
-    from dataclasses import replace
-
     with ctrl_c_in_update(2), pytest.raises(Interrupted):
         stages.get_dpo(small)
     stage = stages.get_dpo(replace(small, micro_batch_size=2))
@@ -205,6 +204,24 @@ def test_the_second_process_says_who_holds_it(small, holder, monkeypatch, surviv
     named = f"mini/dpo is being made by process {holder.pid} on " in said and "(-c " in said and ", since 20" in said
     survived("second process told who holds the run", int(named and "wait until it is done" in said), 1)
     assert {p.name for p in small.run_dir.iterdir() if p.name[0] != "."} == {"data", "reference"}, "the rest was made"
+
+
+def test_a_second_process_does_not_take_the_inputs_of_a_training_away(small, holder, monkeypatch, capsys):
+    """Another length makes data and reference again, while dpo/ is being trained on them."""
+    monkeypatch.setattr(disk, "WAIT_SECONDS", 0.1)
+    before = stages.get_data(small).sha256, stages.get_base(small).weights_sha256
+    other = replace(small, max_length=64, max_prompt_length=32)
+    with pytest.raises(
+        ArtefactError, match=f"mini/dpo is being made by process {holder.pid} on .*: wait until it is done"
+    ):
+        stages.get_base(other)
+    assert {p.name for p in small.run_dir.iterdir() if p.name[0] != "."} == {"data", "reference"}, "nothing set aside"
+    assert (stages.get_data(small).sha256, stages.get_base(small).weights_sha256) == before
+    holder.kill()
+    holder.wait()
+    assert stages.get_base(other).manifest["made_from"]["max_length"] == 64
+    assert (small.run_dir / "reference.old-1").is_dir()
+    assert capsys.readouterr().out.count("data: made again") == 1, "it is not said of what was not done"
 
 
 def test_a_killed_holder_holds_nothing(small, holder, monkeypatch):
