@@ -59,7 +59,7 @@ def open_artefact(settings: Settings, name: str, made_from: Mapping[str, Any]) -
     It is wanted where there is none, or one that is damaged or was made from something else; that one is set aside, and
     a line says which file or setting it was. Of several processes the first one makes it, while the others take part in
     what they have to (a training), and wait at the end of the `with` until it is there. Raises ArtefactError, saying
-    who it is, while a process of somebody else's makes it, or makes something that may need what would be set aside.
+    who it is, while another process makes it, or makes something that may need what would be set aside.
     """
     place = settings.run_dir / name
     made_from = json.loads(json.dumps({"format": FORMAT, **made_from}))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..settings import Settings
-from .sources import UNSAFE, Source, fetched, first_line, source_of
+from .sources import UNSAFE, Source, fetched, first_line, opening, source_of
 
 INDEX = "model.safetensors.index.json"
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model on the Hub: no pickles, no code
@@ -97,6 +97,7 @@ def _config(where: dict[str, Any]) -> Any:
     return config
 
 
+@opening()
 def load_model(settings: Settings) -> Any:
     """The settings' model in float32 on the CPU, dropout off, as transformers' AutoModelForCausalLM.
 
@@ -151,6 +152,7 @@ def _plain(model: Any) -> Any:
     return plain
 
 
+@opening()
 def load_tokenizer(settings: Settings) -> Any:
     """The settings' tokenizer; it has an end-of-text token, or a ModelError is raised."""
     from transformers import AutoTokenizer
@@ -178,6 +180,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(f"{tokenizer.eos_token_id} {definition}".encode()).hexdigest()
 
 
+@opening()
 def load_saved(folder: Path) -> Any:
     """A model that a stage saved, in float32 on the CPU, dropout off."""
     from transformers import AutoModelForCausalLM
@@ -194,6 +197,7 @@ def load_saved(folder: Path) -> Any:
     return with_float32_head(model).eval()
 
 
+@opening()
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save weights (safetensors, float32), configuration and tokenizer so that from_pretrained opens them."""
     model.save_pretrained(folder)

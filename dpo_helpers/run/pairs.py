@@ -17,7 +17,7 @@ from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
 from .rows import Unreadable, data_files, read_rows
-from .sources import SUFFIXES, Source, fetched, first_line, source_of
+from .sources import SUFFIXES, Source, fetched, first_line, opening, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
 MAX_FINDINGS = 100_000  # rows that may be unusable with it; after that many no more are read
@@ -112,6 +112,7 @@ def _load_folder(folder: Path, name: str) -> tuple[Iterator[object], Iterator[ob
     return read_rows(*parts["train"]), read_rows(*parts["held out"]) if parts["held out"] else None
 
 
+@opening()
 def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None]:
     """The rows of a Hub data set, checked: as a folder, or by `datasets` where its card says how."""
     from datasets import load_dataset

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
+import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 from ..errors import CourseError, DataError, ModelError
 from ..settings import EMBEDDED, Settings
+from ..untrusted import visible
 from ..worlds import embedded
 from .disk import file_hash
 
@@ -72,6 +76,42 @@ class Source:
         if self.kind == "file":
             return {"name": self.label, "sha256": file_hash(self.path)}
         return {"name": self.label, "sha256": {f.relative_to(self.path).as_posix(): file_hash(f) for f in files}}
+
+
+class _Visible(io.TextIOBase):
+    """Standard output as it is, but for text that would act."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return int(self.stream.write(visible(text)))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+@contextmanager
+def opening() -> Iterator[None]:
+    """While inside, what libraries log, warn of or print is `untrusted.visible`: it quotes the files that they open.
+
+    Standard error keeps the progress bars, which move the cursor; what is logged or warned of gets there filtered.
+    """
+    record, warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = record(*args, **kwargs)
+        made.msg, made.args = visible(made.getMessage()), None
+        return made
+
+    logging.setLogRecordFactory(_record)
+    warnings.formatwarning = lambda *args, **kwargs: visible(warning(*args, **kwargs))
+    try:
+        with redirect_stdout(_Visible(sys.stdout)):
+            yield
+    finally:
+        logging.setLogRecordFactory(record)
+        warnings.formatwarning = warning
 
 
 def source_of(settings: Settings, what: str) -> Source:

@@ -6,15 +6,18 @@ The payloads are in payloads.py; that no script runs in a browser is test_browse
 import ast
 import io
 import json
+import logging
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import time
 import traceback
 import urllib.error
 import urllib.request
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib.text import Text
 from payloads import ACTIVE, ALL, Page
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from conftest import ROOT, tiny_gpt2
@@ -42,7 +46,7 @@ from dpo_helpers.run.card import model_card
 from dpo_helpers.run.course import notebooks_in
 from dpo_helpers.run.disk import changed_keys, load_manifest, writing
 from dpo_helpers.run.loading import _location, load_model, load_saved, load_tokenizer, model_identity, save_model
-from dpo_helpers.run.sources import source_of
+from dpo_helpers.run.sources import opening, source_of
 from dpo_helpers.run.stages import get_data
 from dpo_helpers.settings import GPT2_REVISION, load_settings
 from dpo_helpers.show import figures, tables
@@ -335,6 +339,72 @@ def refused(path):
     assert str(of_model) == str(of_tokenizer)
     assert "\n" not in str(of_model)
     return str(of_model)
+
+
+ACTS = "\x1b[31mACTS\x07"
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 8,
+}
+QUOTED = {
+    "model type": {"model_type": ACTS},
+    "quantisation": {"quantization_config": {"quant_method": ACTS}},
+    "rope": {**LLAMA, "rope_parameters": {"rope_type": ACTS, "rope_theta": 10000.0}},
+    "rope's keys": {**LLAMA, "rope_parameters": {"rope_type": "linear", ACTS: 1, "factor": 2.0, "rope_theta": 10000.0}},
+}
+LOAD = """
+import sys
+from dpo_helpers.run.loading import load_model, load_saved, load_tokenizer
+from dpo_helpers.settings import load_settings
+for folder in sys.argv[1:]:
+    print("---", flush=True)
+    print("---", file=sys.stderr, flush=True)
+    for load in (load_tokenizer, load_model, lambda settings: load_saved(__import__("pathlib").Path(settings.model))):
+        try:
+            load(load_settings("mini", model=folder))
+        except Exception as error:
+            pass
+"""
+
+
+def test_what_a_library_says_of_a_models_files_takes_no_effect(model, tmp_path):
+    """A process of its own, since the library's log goes to its standard error: five files that it quotes there."""
+    folders = {name: tmp_path / f"quoted-{n}" for n, name in enumerate([*QUOTED, "a tensor's name"])}
+    for name, folder in folders.items():
+        shutil.copytree(model, folder)
+        edit(folder / "config.json", **QUOTED.get(name, {}))
+    file = folders["a tensor's name"] / "model.safetensors"
+    save_file(load_file(file) | {ACTS: torch.zeros(2)}, file, metadata={"format": "pt"})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *folders.values()], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for name, said in zip(folders, done.stderr.split("---\n")[1:], strict=True):
+        assert "ACTS" in said, f"{name}: the library says nothing of it any more"
+        assert "\\x1b[31mACTS\\x07" in said, name
+    assert not ACTIVE.search(done.stderr + done.stdout)
+
+
+def test_logs_warnings_and_prints_are_shown_as_text_while_files_are_opened_and_as_before_afterwards(capsys, caplog):
+    log, warned = logging.getLogger("a library"), []
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+    with opening():
+        log.warning("tensor %s of %d", ACTS, 3)
+        print(ACTS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda *found, **_: warned.append(warnings.formatwarning(*found[:4]))
+            warnings.warn(ACTS, stacklevel=1)
+    assert caplog.messages == ["tensor \\x1b[31mACTS\\x07 of 3"]
+    assert capsys.readouterr().out == "\\x1b[31mACTS\\x07\n"
+    assert "UserWarning: \\x1b[31mACTS\\x07" in warned[0]
+    assert (logging.getLogRecordFactory(), warnings.formatwarning) == (factory, form)
+    print(ACTS)
+    assert capsys.readouterr().out == ACTS + "\n"
 
 
 def test_the_pickle_of_these_tests_runs_when_it_is_opened(marker):
