@@ -8,6 +8,7 @@ PROFILE ?= mini
 PYTHON ?= python3
 TORCH_INDEX ?=
 BEYOND ?=
+export PROFILE PYTHON TORCH_INDEX  # recipes read them from the environment: whatever is in them, no shell runs it
 BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
@@ -17,7 +18,7 @@ QUIET := TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSI
 
 .PHONY: course test lint unit notebooks test-browser lab regenerate site links lock audit licences clean
 course: .venv/.course
-	$(BIN)/python -m dpo_helpers course --profile $(PROFILE) $(if $(BEYOND),--beyond)
+	$(BIN)/python -m dpo_helpers course --profile "$$PROFILE" $(if $(BEYOND),--beyond)
 
 test: lint unit notebooks
 
@@ -36,7 +37,7 @@ unit: .venv/.dev
 notebooks: .venv/.dev
 	rm -rf build/nbval-runs
 	$(QUIET) $(BIN)/python -m dpo_helpers all --profile mini --runs-dir build/nbval-runs
-	$(QUIET) OMP_NUM_THREADS=1 DPO_PROFILE=mini DPO_RUNS_DIR=$(CURDIR)/build/nbval-runs \
+	$(QUIET) OMP_NUM_THREADS=1 DPO_PROFILE=mini DPO_RUNS_DIR="$$PWD/build/nbval-runs" \
 	  $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=900 \
 	  notebooks/[0-9]*.ipynb notebooks/beyond/*.ipynb
 
@@ -50,7 +51,7 @@ lab: .venv/.course
 # Execute the notebooks and keep the outputs in them; then read the differences before committing.
 regenerate: .venv/.dev
 	$(BIN)/python -m dpo_helpers lesson
-	DPO_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m dpo_helpers course --profile mini --in-place --beyond
+	DPO_RUNS_DIR="$$PWD/runs" $(BIN)/python -m dpo_helpers course --profile mini --in-place --beyond
 	cp runs/mini/figures/06-frontier.png docs/frontier.png
 
 # The notebooks as pages that need no network, neither to build nor to read: open build/site/index.html in a browser.
@@ -86,21 +87,21 @@ licences: .venv/.dev build/tools/.made
 	mv build/LICENSES.md LICENSES.md
 
 build/tools/.made:
-	$(PYTHON) -m venv build/tools
+	"$$PYTHON" -m venv build/tools
 	$(TOOLS)/python $(INSTALL) 'uv>=0.8' 'pip-audit>=2.9' 'pip-licenses>=5'
 	@touch $@
 
 # Metadata of an earlier install in the folder itself would be read before that in .venv.
 .venv/.torch: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: $(PYTHON) is older than 3.10; use make PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $$PYTHON is older than 3.10; use make PYTHON=..." >&2; exit 2; }
+	"$$PYTHON" -m venv .venv
 	rm -rf dpo_helpers.egg-info
-	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
-	  echo "No GPU found: torch's default wheel on Linux may bring several GB of CUDA. If it does, stop and run"; \
-	  echo "make $(MAKECMDGOALS) TORCH_INDEX=ADDRESS with PyTorch's CPU-only index (pytorch.org, Get started)."; \
+	@if [ -z "$$TORCH_INDEX" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  echo "No GPU found: torch's default wheel on Linux may bring several GB of CUDA. If it does, stop and run the"; \
+	  echo "same with TORCH_INDEX=ADDRESS, PyTorch's CPU-only index (pytorch.org, Get started)."; \
 	fi
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) $${TORCH_INDEX:+--index-url "$$TORCH_INDEX"} torch
 	@touch $@
 
 .venv/.course: .venv/.torch pyproject.toml

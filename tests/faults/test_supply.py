@@ -204,17 +204,51 @@ def make(tmp_path):
     return run
 
 
+PYTHON = """#!/bin/sh
+for argument; do printf '[%s]' "$argument" >> "{log}"; done
+echo >> "{log}"
+if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
+"""
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A stand-in for Python, as `make PYTHON=…` takes it, and a function that gives the arguments of each call of it."""
+    python, log = tmp_path / "a python", tmp_path / "calls"
+    python.write_text(PYTHON.format(log=log))
+    python.chmod(0o755)
+    return python, lambda: [re.findall(r"\[(.*?)\](?=\[|$)", line) for line in log.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("index", ["", "ADDRESS"])
-def test_every_install_takes_the_pins_and_torch_alone_comes_from_another_index(make, index):
-    """Read from what make would run."""
-    status, said, _ = make("-n", "test", f"TORCH_INDEX={index}")
-    installs = [line.split("--disable-pip-version-check ")[1] for line in said.splitlines() if "pip install" in line]
-    assert status == 0
-    assert [line.split() for line in installs] == [
-        ["-c", "constraints.txt", *(["--index-url", "ADDRESS"] if index else []), "torch"],
-        ["-c", "constraints.txt", "-e", "."],
-        ["-c", "constraints.txt", "-e", "'.[dev,site]'"],
+def test_every_install_takes_the_pins_and_torch_alone_comes_from_another_index(make, asked, index):
+    python, calls = asked
+    status, _, said = make(".venv/.dev", f"TORCH_INDEX={index}", f"PYTHON={python}")
+    assert status == 0, said
+    install = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", "constraints.txt"]
+    assert [call for call in calls() if "pip" in call] == [
+        [*install, *(["--index-url", "ADDRESS"] if index else []), "torch"],
+        [*install, "-e", "."],
+        [*install, "-e", ".[dev,site]"],
     ]
+
+
+HOSTILE = ["x; touch ran", "x & touch ran", '"; touch ran; "', "'; touch ran; '", "`touch ran`"]
+
+
+@pytest.mark.parametrize("payload", HOSTILE)
+@pytest.mark.parametrize("name", ["PROFILE", "TORCH_INDEX", "PYTHON"])
+def test_no_shell_runs_what_a_variable_of_make_holds(make, asked, tmp_path, name, payload):
+    """Given on make's command line or from outside, it reaches the program that it is meant for as it is, or none."""
+    python, calls = asked
+    given = {"PYTHON": str(python), name: payload}
+    status, _, said = make("course", *(f"{key}={value}" for key, value in given.items()))
+    assert not (tmp_path / "ran").exists()
+    if name == "PYTHON":
+        assert status == 2, "there is no such program"
+    else:
+        assert status == 0, said
+        assert any(payload in call for call in calls())
 
 
 def test_the_lock_is_made_of_wheels_only_with_their_hashes_outside_of_the_tree(make, tmp_path):
