@@ -1,7 +1,9 @@
 """The committed notebooks: executed, checked, alike at their start, free of machine traces; their execution."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -135,6 +137,38 @@ def test_a_signal_reaches_the_running_cell_and_ends_the_course_with_a_word(tmp_p
         result
     )
     assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept"
+
+
+KILLED = """
+from pathlib import Path
+from dpo_helpers.run import course
+from dpo_helpers.settings import load_settings
+course.make_report = lambda settings: Path("report.html")
+course.run_course(load_settings("mini", runs_dir="runs"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_course_leaves_no_kernels_key_in_the_temporary_folder_and_the_next_one_removes_it(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    key = tmp_path / "runs/mini.kernel/kernel.json"
+
+    def course(cell):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+        nbformat.write(notebook, tmp_path / "notebooks/01_data.ipynb")
+        done = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=env, capture_output=True, timeout=100)
+        return done.returncode
+
+    assert course("import os, signal; os.kill(os.getppid(), signal.SIGKILL)") == -signal.SIGKILL
+    assert not [file.name for file in (tmp_path / "temporary").rglob("*.json")]
+    assert "key" in json.loads(key.read_text())
+    assert [path.stat().st_mode & 0o777 for path in (key, key.parent)] == [0o600, 0o700]
+    assert course("import os; assert os.path.exists('../runs/mini.kernel/kernel.json')") == 0
+    assert not key.parent.exists()
+    assert not [file.name for file in (tmp_path / "temporary").rglob("*.json")]
 
 
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from ..errors import CourseError
 from ..settings import Settings
 from ..untrusted import visible
-from .disk import write_text
+from .disk import holding, write_text
 from .outputs import FINAL_MODEL
 from .report import make_report
 from .signals import Interrupted
@@ -53,11 +55,12 @@ class _SilentOutput(OutputWidget):  # type: ignore[misc]  # nbclient has no type
         """Send nothing."""
 
 
-def execute(source: Path, target: Path, profile: str) -> float:
+def execute(source: Path, target: Path, profile: str, keys: Path | None = None) -> float:
     """Execute one notebook and save the result as `target`, also after an error; returns the seconds it took.
 
-    Raises CourseError naming the notebook, the cell and the error, and Interrupted after Ctrl-C or SIGTERM, which the
-    running cell gets as JupyterLab's stop button gives it: a training ends its update and saves.
+    keys: a folder for the file with the kernel's address and key; the system's temporary folder if not given. Raises
+    CourseError naming the notebook, the cell and the error, and Interrupted after Ctrl-C or SIGTERM, which the running
+    cell gets as JupyterLab's stop button gives it: a training ends its update and saves.
     """
     notebook = nbformat.read(source, as_version=4)
     code = sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -69,6 +72,8 @@ def execute(source: Path, target: Path, profile: str) -> float:
             resources={"metadata": {"path": str(source.parent)}},
             on_cell_execute=lambda **_: begun.append(1), on_cell_executed=lambda **_: bar.update(),
         )  # fmt: skip
+        if keys:
+            client.create_kernel_manager().connection_file = str(keys / "kernel.json")
         client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = _SilentOutput
         asked = _interrupts_of(client)
         try:
@@ -126,6 +131,21 @@ def _interrupts_of(client: NotebookClient) -> list[int]:
     return asked
 
 
+@contextmanager
+def _private(folder: Path) -> Iterator[Path]:
+    """A folder for this user alone, gone at the end; what a killed course left there goes at the start of the next.
+
+    Raises ArtefactError, saying which process it is, while another course uses it.
+    """
+    with holding(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def run_course(settings: Settings, *, in_place: bool = False, beyond: bool = False) -> None:
     """Execute the notebooks and write the report; executed copies go to <run>/notebooks/.
 
@@ -134,10 +154,11 @@ def run_course(settings: Settings, *, in_place: bool = False, beyond: bool = Fal
     """
     sources = notebooks_in(notebooks_dir(), beyond=beyond)
     os.environ["DPO_RUNS_DIR"] = str(settings.run_dir.parent.resolve())
-    for number, source in enumerate(sources, start=1):
-        target = source if in_place else settings.run_dir / "notebooks" / source.name
-        seconds = execute(source, target, settings.profile)
-        print(f"{number}/{len(sources)}  {source.stem:22s} done in {seconds:5.0f} s", flush=True)
+    with _private(settings.run_dir.parent.resolve() / f"{settings.profile}.kernel") as keys:
+        for number, source in enumerate(sources, start=1):
+            target = source if in_place else settings.run_dir / "notebooks" / source.name
+            seconds = execute(source, target, settings.profile, keys)
+            print(f"{number}/{len(sources)}  {source.stem:22s} done in {seconds:5.0f} s", flush=True)
     report = make_report(settings)
     run = settings.run_dir
     print(visible(f"\nreport       {report}\nfigures      {run / 'figures'}\nresults      {run / 'results.json'}"))
