@@ -83,6 +83,34 @@ def test_each_sign_is_found_where_it_is_and_alone(number):
     assert {n for n, verdict in found.items() if verdict == "applies"} == {number}
 
 
+@pytest.mark.parametrize(
+    ("number", "changed"),
+    [
+        (2, {"kl_by_beta": {1.0: (0.06, 0.02), 5.0: (0.07, 0.03)}}),
+        (2, {"kl_by_beta": {0.1: (0.06, 0.02), 1.0: (0.07, 0.02), 5.0: (0.09, 0.03)}}),
+        (1, {"held_out": [row(0), row(40, chosen_reward=-0.8, chosen_reward_se=0.5)]}),
+        (1, {"held_out": [row(0), row(40, chosen_reward=-0.8, reward_margin=0.1, reward_margin_se=0.2)]}),
+        (7, {"evaluation": {**TEXT, "ended": 0.25, "ended_se": 0.25}, "reference_evaluation": {**TEXT, "ended": 0.75, "ended_se": 0.25}}),
+        (11, {"evaluation": {**TEXT, "looping": 0.25, "looping_se": 0.25}}),
+        (11, {"evaluation": {**TEXT, "repeated_3grams": 0.3, "repeated_3grams_se": 0.2}}),
+    ],
+)  # fmt: skip
+def test_what_chance_alone_would_do_is_no_sign(number, changed):
+    """Each is in the sign's direction, and within two standard errors; without the errors it is a sign."""
+    run = replace(HEALTHY, **changed)
+    assert verdicts(run)[number] == "no sign"
+    exact = json.loads(json.dumps(changed), object_hook=lambda d: {k: v for k, v in d.items() if not k.endswith("_se")})
+    if number == 2:
+        exact = {"kl_by_beta": {beta: (kl, 0.001) for beta, (kl, _) in changed["kl_by_beta"].items()}}
+    assert verdicts(replace(HEALTHY, **exact))[number] == "applies"
+
+
+def test_a_kl_that_rises_slowly_is_seen_at_its_ends():
+    """From one β to the next within the errors, from the first to the last beyond them."""
+    slowly = {0.1: (1.0, 0.1), 1.0: (1.2, 0.1), 5.0: (1.4, 0.1)}
+    assert verdicts(replace(HEALTHY, kl_by_beta=slowly))[2] == "applies"
+
+
 def test_a_run_that_says_nothing_is_never_called_fine():
     assert set(verdicts(Run(None, [], [])).values()) == {"cannot tell"}
 

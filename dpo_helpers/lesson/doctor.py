@@ -148,12 +148,22 @@ def _read_trainer_state(folder: Path, state: Mapping[str, Any]) -> Run:
 Sign = Callable[[Run], tuple[bool, str] | None]  # (applies, evidence); None: the run does not say
 
 
+def _of(values: Mapping[str, float], key: str) -> tuple[float, float]:
+    """A measured mean with its standard error, 0 where that was not written."""
+    return values[key], values.get(f"{key}_se", 0.0)
+
+
+def _is_above(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether one mean is above another by more than chance would often do: two standard errors of the difference."""
+    return one[0] - other[0] > 2 * math.hypot(one[1], other[1])
+
+
 def _chosen_falls(run: Run) -> tuple[bool, str] | None:
     rows = [r for r in (run.held_out or run.training) if {"chosen_reward", "reward_margin"} <= set(r)]
     if not rows:
         return None
     last = rows[-1]
-    falls = last["chosen_reward"] < -2 * last.get("chosen_reward_se", 0.0) and last["reward_margin"] > 0
+    falls = _is_above((0, 0), _of(last, "chosen_reward")) and _is_above(_of(last, "reward_margin"), (0, 0))
     return falls, f"chosen reward {last['chosen_reward']:.2f}, margin {last['reward_margin']:.2f} at the end"
 
 
@@ -162,8 +172,8 @@ def _beta_order(run: Run) -> tuple[bool, str] | None:
         return None
     kls = [run.kl_by_beta[b] for b in sorted(run.kl_by_beta)]
     text = ", ".join(f"{kl:.2f} ± {error:.2f} at β = {b:g}" for b, (kl, error) in sorted(run.kl_by_beta.items()))
-    rises = any(b - a > 2 * math.hypot(se_a, se_b) for (a, se_a), (b, se_b) in pairwise(kls))
-    return rises or kls[0][0] <= kls[-1][0], f"measured KL {text}"
+    rises = any(_is_above(larger, smaller) for smaller, larger in [*pairwise(kls), (kls[0], kls[-1])])
+    return rises, f"measured KL {text}"
 
 
 def _stuck(run: Run) -> tuple[bool, str] | None:
@@ -197,10 +207,10 @@ def _reference(run: Run) -> tuple[bool, str] | None:
 def _ends(run: Run) -> tuple[bool, str] | None:
     if "ended" not in run.evaluation:
         return None
-    ended, before = run.evaluation["ended"], run.reference_evaluation.get("ended", 1.0)
+    ended, before = _of(run.evaluation, "ended"), _of({"ended": 1.0, **run.reference_evaluation}, "ended")
     return (
-        ended < 0.5 and ended < before - 0.1,
-        f"{ended:.0%} of the answers end by themselves, the reference's {before:.0%}",
+        ended[0] < 0.5 and ended[0] < before[0] - 0.1 and _is_above(before, ended),
+        f"{ended[0]:.0%} of the answers end by themselves, the reference's {before[0]:.0%}",
     )
 
 
@@ -226,7 +236,9 @@ def _degenerate(run: Run) -> tuple[bool, str] | None:
     e, ref = run.evaluation, run.reference_evaluation
     if "looping" not in e or "looping" not in ref:
         return None
-    worse = e["looping"] > ref["looping"] + 0.1 or e["repeated_3grams"] > ref["repeated_3grams"] + 0.1
+    worse = any(
+        e[key] > ref[key] + 0.1 and _is_above(_of(e, key), _of(ref, key)) for key in ("looping", "repeated_3grams")
+    )
     poor = e["distinct_2"] < 0.5 * ref["distinct_2"]
     text = ", ".join(
         f"{k} {e[k]:.2f} ({ref[k]:.2f} in the reference)" for k in ("looping", "repeated_3grams", "distinct_2")
