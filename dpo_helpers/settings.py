@@ -42,15 +42,12 @@ def between(low: float, high: float, unit: str = "") -> Rule:
 
 def each(rule: Rule, least: int = 0) -> Rule:
     """At least so many values, all different, each of which keeps a rule."""
-    return Rule(
-        f"{least} or more different values {rule.words}",
-        lambda xs: least <= len(xs) == len({*xs}) and all(map(rule.holds, xs)),
-    )
+    words = f"{least} or more different values {rule.words}"
+    return Rule(words, lambda xs: least <= len(xs) == len({*xs}) and all(map(rule.holds, xs)))
 
 
-PAIRS, TOKENS = between(1, 1_000_000, "pairs"), between(1, 1_000_000, "tokens")
+PAIRS, TOKENS, PROMPTS = (between(1, 1_000_000, unit) for unit in ("pairs", "tokens", "prompts"))
 PAIRS_OR_ALL = Rule(PAIRS.words, lambda x: x is None or PAIRS.holds(x))
-PROMPTS, UPDATES = between(1, 1_000_000, "prompts"), between(0, 1_000_000, "updates")
 PASSES, RATE, BETA = between(1, 1000, "passes"), between(1e-12, 1), between(1e-6, 1_000_000)
 SHARE = Rule("in [0, 0.5)", lambda x: isinstance(x, (int, float)) and 0 <= x < 0.5)
 DEVICE = Rule("auto, cpu, mps, cuda or cuda:N", lambda x: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", x))
@@ -106,7 +103,7 @@ class Settings:
     learning_rate: float = _setting(1e-6, "of DPO; study and paper: 1e-6", RATE)
     sft_learning_rate: float = _setting(1e-6, "of SFT; the study names one rate, 1e-6", RATE)
     optimizer: str = _setting("rmsprop", "rmsprop (study, paper) or adamw", one_of("rmsprop", "adamw"))
-    warmup_steps: int = _setting(150, "updates of linear warm-up; paper and EM: 150", UPDATES)
+    warmup_steps: int = _setting(150, "updates of linear warm-up; paper and EM: 150", between(0, 1_000_000, "updates"))
     schedule: str = _setting("constant", "then: constant (EM) or linear, falling to 0", one_of("constant", "linear"))
     max_grad_norm: float = _setting(10.0, "gradients are clipped to this norm; EM: 10", between(1e-6, 1_000_000))
     beta: float = _setting(0.5, "weight of the KL to the reference; study: 0.5; paper: 0.1")
