@@ -81,7 +81,8 @@ folder = "dpo_gpt2_model_final"  # a folder of yours, which has no revision
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 ```
 
-Prompts have the form `"\\n\\nHuman: …\\n\\nAssistant:"`. sha256 of names and values of the weights:
+Prompts have the form `"\\n\\nHuman: …\\n\\nAssistant:"`; `tokenizer(prompt)` begins them as in training.
+sha256 of names and values of the weights:
 `{weights_sha256}`.
 """
     return str(ModelCard(text))
