@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .device import Compute
 from .tokens import encode_prompts
@@ -67,12 +68,17 @@ def sample(
     """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
 
     Prompts longer than `max_prompt_length` tokens keep their last ones, as in training. Prompts of like length
-    share a batch, padded on the left. Runs transformers' `generate` with its cache.
+    share a batch, padded on the left. Runs transformers' `generate` with its cache, but without the model's own
+    defaults (bans, penalties, forced tokens, …), which `generate` adds to any configuration that it is given.
     """
+    eos = tokenizer.eos_token_id
+    plain = copy(model)  # the same weights
+    plain.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=eos
+    )
     encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     responses: dict[int, Response] = {}
-    eos = tokenizer.eos_token_id
     for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch"):
         at = by_length[start : start + batch_size]
         length = max(len(encoded[i]) for i in at)
@@ -83,11 +89,9 @@ def sample(
             uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at])
             processors.append(_InverseTransform(uniforms, temperature))
         with compute.autocast():
-            out = model.generate(
-                input_ids=ids.to(compute.device), attention_mask=mask.to(compute.device), do_sample=False, num_beams=1,
-                max_new_tokens=max_new_tokens, logits_processor=processors, eos_token_id=eos, pad_token_id=eos,
-                temperature=None, top_p=None, top_k=None,
-            )  # fmt: skip
+            out = plain.generate(
+                ids.to(compute.device), attention_mask=mask.to(compute.device), logits_processor=processors
+            )
         for i, row in zip(at, out[:, length:].tolist(), strict=True):
             ended = eos in row
             row = row[: row.index(eos) + 1] if ended else row

@@ -1,6 +1,12 @@
+from collections import Counter
+
 import pytest
 import torch
+from test_evaluation import Tokens
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from conftest import tiny_gpt2
 from dpo_helpers.generation import _InverseTransform, row_uniforms, sample
 from dpo_helpers.run.loading import load_model
 from dpo_helpers.settings import load_settings
@@ -11,6 +17,21 @@ PROMPTS = [
     "\n\nHuman: Hello, I have a question.\n\nAssistant: Yes, please go ahead.\n\nHuman: Why?\n\nAssistant:",
     "\n\nHuman: Hi\n\nAssistant:",
 ]
+
+
+class Chain(GPT2LMHeadModel):
+    """A model by hand: after token t the next one is drawn from chances[t], whatever came before."""
+
+    def __init__(self, chances):
+        super().__init__(GPT2Config(vocab_size=len(chances), n_embd=2, n_layer=1, n_head=1, eos_token_id=0))
+        self.log_chances = torch.tensor(chances).log()
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutputWithPast(logits=self.log_chances[input_ids])
+
+
+# of end, a, b after each of them; cumulated: after a 1/4, 1/2, 1, after b 1/2, 1, 1
+CHANCES = [[1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [0.5, 0.5, 0.0]]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +59,91 @@ def test_a_token_without_probability_is_never_picked():
     for u in (0.0, 0.5, 1 - 1e-16):
         uniforms = torch.tensor([[u]], dtype=torch.float64)
         assert _InverseTransform(uniforms, 1.0)(torch.zeros(1, 0), scores).argmax().item() == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_tokens_are_those_that_the_uniforms_pick(cpu, monkeypatch, batch_size):
+    """What counts is the prompts' last token, a, b, a.
+
+    After a 0.3 → a, 0.9 → b, 0.6 → a, 0.1 → end; after b 0.6 → a, 0.6 → b, 0.2 → end; after a 0.6 → b, 0.4 → end.
+    """
+    uniforms = [[0.3, 0.9, 0.6, 0.1], [0.6, 0.6, 0.2, 0.9], [0.6, 0.4, 0.9, 0.9]]
+    monkeypatch.setattr(
+        "dpo_helpers.generation.row_uniforms", lambda i, steps, seed: torch.tensor(uniforms[i], dtype=torch.float64)
+    )
+    prompts = ["aba", "b", "bbba"]
+    found = sample(Chain(CHANCES), Tokens(), prompts, max_new_tokens=4, compute=cpu, batch_size=batch_size)
+    assert [(r.ids, r.text, r.ended) for r in found] == [
+        ([1, 2, 1, 0], "aba", True),
+        ([1, 2, 0], "ab", True),
+        ([2, 0], "b", True),
+    ]
+
+
+def test_no_token_is_out_of_reach(cpu, monkeypatch):
+    """40 tokens, the k-th with k/820, cumulated k(k + 1)/1640: k²/1640 picks it, so none is cut off as too unlikely."""
+    monkeypatch.setattr(
+        "dpo_helpers.generation.row_uniforms",
+        lambda i, steps, seed: torch.tensor([(i + 1) ** 2 / 1640], dtype=torch.float64),
+    )
+    model = Chain([[k / 820 for k in range(1, 41)]] * 40)
+    found = sample(model, Tokens(), ["a"] * 40, max_new_tokens=1, compute=cpu)
+    assert [r.ids for r in found] == [[k] for k in range(40)]
+
+
+def test_a_long_prompt_keeps_its_last_tokens(cpu):
+    model, how = tiny_gpt2(vocab=27), {"max_new_tokens": 12, "compute": cpu}
+    (cut,) = sample(model, Tokens(), ["xyzabc"], max_prompt_length=3, **how)
+    assert cut.ids == sample(model, Tokens(), ["abc"], **how)[0].ids
+    assert cut.ids != sample(model, Tokens(), ["xyzabc"], **how)[0].ids
+    assert cut.prompt == "xyzabc"
+
+
+HOSTILE = {
+    "repetition_penalty": 1.3, "encoder_repetition_penalty": 1.3, "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1, "bad_words_ids": [[15]], "suppress_tokens": [15], "begin_suppress_tokens": [15],
+    "sequence_bias": [[[15], -9.0]], "min_length": 30, "min_new_tokens": 20, "forced_bos_token_id": 5,
+    "forced_eos_token_id": 0, "exponential_decay_length_penalty": (1, 3.0), "guidance_scale": 3.0,
+    "watermarking_config": {"bias": 9.0}, "do_sample": True, "temperature": 5.0, "top_k": 1, "top_p": 0.1, "min_p": 0.9,
+    "typical_p": 0.1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "num_beams": 3, "num_return_sequences": 2,
+    "eos_token_id": [0, 15], "max_length": 4, "max_new_tokens": 1, "max_time": 1e-9, "stop_strings": ["o"],
+    "prompt_lookup_num_tokens": 2, "return_dict_in_generate": True, "cache_implementation": "static",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", HOSTILE)
+def test_no_default_of_the_model_changes_a_sample(cpu, option):
+    """What a generation_config.json may hold, one at a time, sampled and greedy; the model keeps it."""
+    own, hostile = tiny_gpt2(vocab=27), tiny_gpt2(vocab=27)
+    hostile.generation_config = GenerationConfig(**{"do_sample": True, option: HOSTILE[option]})
+    before = hostile.generation_config.to_dict()
+    for temperature in (1.0, 0.0):
+        found, expected = (
+            sample(m, Tokens(), ["a", "bcd"] * 4, max_new_tokens=20, compute=cpu, temperature=temperature, batch_size=4)
+            for m in (hostile, own)
+        )
+        assert [r.ids for r in found] == [r.ids for r in expected]
+    assert hostile.generation_config.to_dict() == before
+
+
+def test_frequencies_are_the_models_probabilities_whatever_its_own_defaults(cpu):
+    """4,000 samples of two tokens after a, within 4 standard errors: of each response, and of neighbours' first tokens."""
+    model, n = Chain(CHANCES), 4000
+    model.generation_config = GenerationConfig(
+        repetition_penalty=1.3, no_repeat_ngram_size=1, bad_words_ids=[[1]], min_new_tokens=2, do_sample=True, top_k=2
+    )
+    found = sample(model, Tokens(), ["a"] * n, max_new_tokens=2, compute=cpu, batch_size=n)
+    responses = {(0,): 1 / 4, (1, 0): 1 / 16, (1, 1): 1 / 16, (1, 2): 1 / 8, (2, 0): 1 / 4, (2, 1): 1 / 4}
+    first = dict(enumerate(CHANCES[1]))
+    neighbours = {(a, b): first[a] * first[b] for a in first for b in first}
+    for draws, chances in (
+        ([tuple(r.ids) for r in found], responses),
+        ([(a.ids[0], b.ids[0]) for a, b in zip(found[::2], found[1::2], strict=True)], neighbours),
+    ):
+        counts = Counter(draws)
+        assert set(counts) == set(chances)
+        for outcome, p in chances.items():
+            assert abs(counts[outcome] / len(draws) - p) < 4 * (p * (1 - p) / len(draws)) ** 0.5, outcome
 
 
 def test_samples_do_not_depend_on_the_batch(model, tokenizer, cpu):
@@ -70,17 +176,6 @@ def test_an_ended_response_keeps_one_end_of_text_and_no_text_of_it(model, tokeni
     assert any(response.ended for response in responses)
     (cut,) = sample(model, tokenizer, PROMPTS[:1], max_new_tokens=2, compute=cpu)
     assert (len(cut.ids), cut.ended) == (2, False)
-
-
-def test_the_sampler_has_the_models_distribution(model, tokenizer, cpu):
-    """First tokens of 400 samples of one prompt: the likeliest token's frequency within 4 standard errors."""
-    prompt = PROMPTS[0]
-    with torch.no_grad():
-        p = model(torch.tensor([tokenizer.encode(prompt)])).logits[0, -1].softmax(-1)
-    top = p.argmax().item()
-    first = [r.ids[0] for r in sample(model, tokenizer, [prompt] * 400, max_new_tokens=1, compute=cpu, batch_size=400)]
-    error = (p[top] * (1 - p[top]) / 400).sqrt().item()
-    assert abs(first.count(top) / 400 - p[top].item()) < 4 * error
 
 
 def test_uniforms_are_a_function_of_seed_and_row():
