@@ -679,6 +679,7 @@ LOCAL = {
     ("loading.py", "folder"): "load_saved: a folder that a stage has written",
     ("loading.py", "where"): "what loading._location gives: a folder on this machine",
     ("07_generations.ipynb", "final"): "the folder that the stage has just written",
+    ("pairs.py", "str(folder)"): "what sources.fetched gives: a checked folder on this machine, at its commit",
 }
 
 
