@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from dpo_helpers.errors import DataError
 from dpo_helpers.evaluation import pair_values, preference_metrics, response_kls, score_pairs, token_logratios
 from dpo_helpers.generation import Response, sample
 from dpo_helpers.logprobs import PairScores, PlainScorer, pair_logprobs
+from dpo_helpers.run import measures
 from dpo_helpers.run.measures import longer_wins
 from dpo_helpers.run.sampled import sample_and_measure
 from dpo_helpers.settings import load_settings
@@ -103,9 +105,13 @@ def test_text_measures_by_hand():
     assert text_measures([Response("", [1], "no no no", True), Response("", [1], "yes", True)])["looping"] == 0.5
 
 
-def test_longer_wins_by_hand():
-    """Lengths 5 > 3, 2 < 4, 4 = 4, 9 > 1: right twice in four, one tie."""
-    assert longer_wins(scores([0.0] * 4, [0.0] * 4, [5, 2, 4, 9], [3, 4, 4, 1])) == (0.5, 0.25)
+def test_longer_wins_by_hand(monkeypatch):
+    """Lengths 5 > 3, 2 < 4, 4 = 4, 9 > 1: right twice in four, one tie; as a baseline the tie counts half, 2.5 in 4."""
+    pairs = scores([0.0] * 4, [0.0] * 4, [5, 2, 4, 9], [3, 4, 4, 1])
+    assert longer_wins(pairs) == (0.5, 0.25)
+    monkeypatch.setattr(measures, "get_data", lambda _: None)
+    monkeypatch.setattr(measures, "get_reference", lambda _: SimpleNamespace(scores={"held_out": pairs}.__getitem__))
+    assert measures.accuracy_baselines(load_settings("mini", dataset="somebody/else")) == {"longer wins": 0.625}
 
 
 def test_metrics_follow_the_loss_type():

@@ -2,18 +2,22 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from test_training import pairs
 from transformers import GPT2LMHeadModel
 
+from conftest import tiny_gpt2
 from dpo_helpers import tokens
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.fast import architectures
 from dpo_helpers.fast.store import TrunkStore
-from dpo_helpers.models import weights_hash
+from dpo_helpers.logprobs import PlainScorer
+from dpo_helpers.models import freeze, weights_hash
 from dpo_helpers.run import measures, outputs, report, stages, trained
 from dpo_helpers.run.report import check_results, make_report, results_schema
 from dpo_helpers.uncertainty import mean_and_error
@@ -102,9 +106,13 @@ def test_data_is_tokenised_once(small, tokenizer, monkeypatch):
 
 
 def test_values_are_those_that_an_evaluation_averages(small, monkeypatch):
-    """Per pair and per response, the KL among them: it is stored, not computed again."""
-    model = stages.get_dpo(small)
-    metrics = measures.get_evaluation(small, model).metrics
+    """Per pair and per response, the KL among them: it is stored, not computed again. Of another β and loss."""
+    small = replace(small, loss_type="robust", label_smoothing=0.1)
+    model = stages.get_dpo(small, 5.0)
+    evaluation = measures.get_evaluation(small, model)
+    metrics = evaluation.metrics
+    assert evaluation.beta == 5.0
+    assert metrics["chosen_reward"] == pytest.approx(5 * metrics["chosen_logratio"]) != 0
     monkeypatch.setattr("dpo_helpers.run.sampled.response_kls", lambda *a, **k: pytest.fail("computed again"))
     values = measures.get_values(small, model)
     per_response = {"kl", "k1", "k3", "length", "ended", "true_reward"}
@@ -126,6 +134,48 @@ def test_the_other_start_is_sft_whatever_the_main_run_starts_from(small, main):
     assert model.weights_sha256 != sft.weights_sha256
     if main == "sft":
         assert model.weights_sha256 == stages.get_dpo(settings).weights_sha256
+
+
+def test_an_evaluation_is_made_again_when_what_it_measures_changes(small, capsys):
+    """SFT's rewards use the settings' β: 10 times the β, 10 times the reward, on the same samples."""
+    sft, settings = stages.get_sft(small), small
+    first = measures.get_evaluation(settings, sft)
+    for key, value, named in (
+        ("beta", 5.0, "beta"), ("label_smoothing", 0.1, "loss"), ("loss_type", "robust", "loss"),
+        ("prompts", 3, "prompts"), ("max_new_tokens", 5, "max_new_tokens"), ("seed", 1, "seed"),
+        ("max_prompt_length", 100, "max_prompt_length"), ("max_length", 200, "max_length"),
+    ):  # fmt: skip
+        settings = replace(settings, **{key: value})
+        found = measures.get_evaluation(settings, sft)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation/sft: made"))
+        assert f"({named}: " in line or f"; {named}: " in line
+        if key == "beta":
+            assert found.metrics["chosen_reward"] == pytest.approx(10 * first.metrics["chosen_reward"])
+            assert found.metrics["kl"] == first.metrics["kl"]
+
+
+def test_the_frontier_ends_with_the_evaluation_of_the_trained_model(small, monkeypatch):
+    """Rows on the way with a KL; then the last update twice: of the curve's prompts, and as the evaluation has it."""
+    ways = {
+        "sft": [{"step": 0}, {"step": 1}, {"step": 2, "kl": 2.0}, {"step": 3}, {"step": 4, "kl": 4.0}],
+        "dpo": [{"step": 1}, {"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2}, {"step": 3}, {"step": 3, "loss": 1.0}],
+    }
+    models = {name: stages.ModelArtefact(name, small.run_dir, rows, {}) for name, rows in ways.items()}
+    monkeypatch.setattr(measures, "get_sft", lambda _: models["sft"])
+    monkeypatch.setattr(measures, "get_dpo", lambda _, beta: replace(models["dpo"], name=f"{beta}"))
+    monkeypatch.setattr(measures, "get_hot_dpo", lambda _: replace(models["dpo"], name="hot"))
+    monkeypatch.setattr(measures, "get_evaluation", lambda _, model: SimpleNamespace(metrics={"kl": model.name}))
+    monkeypatch.setattr(measures, "get_values", lambda *_: {"kl": torch.tensor([3.0, 5.0, 100.0])})
+    settings = replace(small, betas=(0.5, 5.0), frontier_betas=(0.05,), curve_prompts=2)
+    same = {"kl": 4.0, "kl_se": 1.0}  # of 3 and 5: mean 4, standard deviation √2, over √2
+    on_the_way = [{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2}, {"step": 3, **same}]
+    assert measures.get_frontier(settings) == {
+        "sft": [{"step": 2, "kl": 2.0}, {"step": 4, **same}, {"step": 4, "kl": "sft"}],
+        "β = 0.05": [*on_the_way, {"step": 3, "kl": "0.05"}],
+        "β = 0.5": [*on_the_way, {"step": 3, "kl": "0.5"}],
+        "β = 5": [*on_the_way, {"step": 3, "kl": "5.0"}],
+        "hot": [*on_the_way, {"step": 3, "kl": "hot"}],
+    }
 
 
 def test_init_from_sft_starts_both_models_there(small):
@@ -203,6 +253,9 @@ def test_report_and_final_model(small):
     assert [len(results["frontier"][name]) for name in ("sft", "hot")] == [4, 1], "hot has no curve"
     low, high = results["models"]["dpo"]["intervals"]["true_reward"]
     assert low <= results["models"]["dpo"]["metrics"]["true_reward"] <= high
+    for record in (*results["models"].values(), *results["sweep"].values()):
+        beta, intervals = record["beta"], record["intervals"]
+        assert intervals["chosen_reward"] == pytest.approx([beta * end for end in intervals["chosen_logratio"]])
     gain = results["differences"]["true_reward: dpo - reference"]
     of = {name: results["models"][name]["metrics"]["true_reward"] for name in ("dpo", "reference")}
     assert gain["estimate"] == pytest.approx(of["dpo"] - of["reference"], abs=1e-5)
@@ -268,6 +321,30 @@ def test_the_frozen_blocks_run_once_for_all_stages(small, monkeypatch):
     stages.get_sweep(small)
     data = stages.get_data(small)
     assert len(kept) == len(set(kept)) == len(data.train) + len(data.held_out)
+
+
+def test_what_is_kept_of_frozen_blocks_serves_no_other_model_and_no_other_pairs(small, monkeypatch):
+    """Each has the plain path's numbers, whatever was scored before it."""
+    monkeypatch.setattr(trained, "_FAST", {})
+    small.run_dir.mkdir(parents=True)
+    settings, eos = replace(small, freeze_layers=2), SimpleNamespace(eos_token_id=0)
+    data = trained.Data(None, pairs(), pairs(seed=1), eos, "one", "")
+    cut = replace(data, train=[replace(pair, prompt=pair.prompt[1:]) for pair in data.train])
+    for model, of, part, how in (
+        (tiny_gpt2(), data, "train", settings),
+        (tiny_gpt2(1), data, "train", settings),
+        (tiny_gpt2(1), data, "held_out", settings),
+        (tiny_gpt2(1), replace(data, train=pairs(seed=2), sha256="another"), "train", settings),
+        (tiny_gpt2(1), data, "train", settings),
+        (tiny_gpt2(1), cut, "train", replace(settings, max_prompt_length=3)),
+        (tiny_gpt2(1), data, "train", settings),
+        (tiny_gpt2(1), data, "train", replace(settings, freeze_layers=1)),
+    ):
+        freeze(model, how.freeze_layers)
+        found = trained.scorer_of(how, of, model, part)(model, range(10))
+        expected = PlainScorer(getattr(of, part), 0)(model, range(10))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert len({id(scorer) for scorer in trained._FAST.values()}) == 1, "of the latest frozen blocks"
 
 
 def test_a_model_of_another_family_takes_the_plain_path_and_says_so_once(small, monkeypatch, capsys):

@@ -91,12 +91,24 @@ def test_learning_rates_of_a_run(cpu):
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3])
 
 
-def test_first_rmsprop_step_is_ten_learning_rates():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = make_optimizer("rmsprop", [weight], 0.01)
-    weight.grad = torch.tensor([7.0])
-    optimizer.step()
-    assert weight.item() == pytest.approx(-0.1, rel=1e-4)
+@pytest.mark.parametrize(
+    ("name", "gradients", "steps"),
+    [
+        ("rmsprop", (1, 2), 10 + 2 / 0.0499**0.5),  # mean squares 0.01, 0.99 · 0.01 + 0.01 · 4 = 0.0499
+        ("rmsprop", (1e-7,), 5),  # the root 1e-8 is as large as what is added to it
+        # means 0.1, 0.09, of squares 0.001, 0.000999, corrected by 1 - 0.9², 1 - 0.999²
+        ("adamw", (1, 0), 1 + (0.09 / 0.19) / (0.000999 / 0.001999) ** 0.5),
+        ("adamw", (1e-8,), 0.5),
+    ],
+)
+def test_optimisers_by_hand(name, gradients, steps):
+    """How many learning rates a weight goes under these gradients: RMSprop's first step is ten; no weight decay."""
+    weight = torch.nn.Parameter(torch.tensor([10.0], dtype=torch.float64))
+    optimizer = make_optimizer(name, [weight], 0.01)
+    for gradient in gradients:
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+    assert (10 - weight.item()) / 0.01 == pytest.approx(steps, rel=1e-6)
 
 
 def test_the_first_batch_has_loss_ln_2_and_no_reward(cpu):

@@ -22,6 +22,12 @@ def test_bootstrap_of_a_normal_sample_is_the_textbook_interval():
     assert interval.high == pytest.approx(x.mean().item() + half, abs=0.02)
 
 
+def test_a_resample_has_as_many_values_as_the_sample():
+    """Of 0 and 1: means 0, 1/2, 1 with chances 1/4, 1/2, 1/4, so the middle 40 % are 1/2 and 95 % go from 0 to 1."""
+    assert str(bootstrap_mean([0.0, 1.0], level=0.4)) == "0.50 [0.50, 0.50]"
+    assert str(bootstrap_mean([0.0, 1.0])) == "0.50 [0.00, 1.00]"
+
+
 def test_coverage():
     """Of 200 samples of 60 coin flips with p = 0.7, about 95 % of the intervals hold 0.7; 50 % ones hold it about half."""
     generator = torch.Generator().manual_seed(1)

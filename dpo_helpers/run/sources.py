@@ -163,18 +163,18 @@ def _asking(what: str, name: str) -> Iterator[None]:
 
     asked: dict[tuple[str, str, str | None], float] = {}  # when each request was made first
 
-    def key(request: Any) -> tuple[str, str, str | None]:  # with the place where a download goes on
+    def _key(request: Any) -> tuple[str, str, str | None]:  # with the place where a download goes on
         return request.method, str(request.url), request.headers.get("range")
 
-    def limit(request: Any) -> None:
+    def _limit(request: Any) -> None:
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE)
         now = time.monotonic()
-        if now - asked.setdefault(key(request), now) >= SILENCE:
+        if now - asked.setdefault(_key(request), now) >= SILENCE:
             raise TimeoutError(f"it sent nothing for {SILENCE:g} seconds")
 
-    def refused(response: Any) -> None:  # an answer too: "later", for example
+    def _refused(response: Any) -> None:  # an answer too: "later", for example
         if response.status_code >= 400:
-            asked.pop(key(response.request), None)
+            asked.pop(_key(response.request), None)
 
     hooks, logger = get_session().event_hooks, logging.getLogger("huggingface_hub")
     level = logger.level
@@ -182,15 +182,15 @@ def _asking(what: str, name: str) -> Iterator[None]:
     notice = Timer(PATIENCE, print, [line], {"flush": True})
     notice.daemon = True
     notice.start()
-    hooks["request"].append(limit)
-    hooks["response"].append(refused)
+    hooks["request"].append(_limit)
+    hooks["response"].append(_refused)
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         notice.cancel()
-        hooks["request"].remove(limit)
-        hooks["response"].remove(refused)
+        hooks["request"].remove(_limit)
+        hooks["response"].remove(_refused)
         logger.setLevel(level)
 
 
