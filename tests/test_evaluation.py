@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import tiny_gpt2
-from dpo_helpers.errors import DataError
+from dpo_helpers.errors import DataError, TrainingError
 from dpo_helpers.evaluation import pair_values, preference_metrics, response_kls, score_pairs, token_logratios
 from dpo_helpers.generation import Response, sample
 from dpo_helpers.logprobs import PairScores, PlainScorer, pair_logprobs
@@ -41,6 +41,27 @@ def test_preference_metrics_by_hand():
     assert m["chosen_logratio"] == pytest.approx(0.0)
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2)) + math.log(2)) / 3
     assert m["loss"] == pytest.approx(expected, abs=1e-6)
+    assert pair_values(policy, reference, 0.5)["chosen_logratio"].tolist() == [2.0, -2.0, 0.0]
+    almost = preference_metrics(scores([-10.0, -5.0], [-10.0, -5.0001]), scores([-10.0, -5.0], [-10.0, -5.0]), 0.5)
+    assert (almost["ties"], almost["reward_accuracy"]) == (0.5, 0.5), "a small margin is no tie"
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_log_probability_that_is_not_finite_is_named_on_either_side(cpu, side):
+    pairs = [EncodedPair([3], [5] * (1 + i), [6], index=70 + i) for i in range(3)]
+
+    def scorer(model, at):
+        logps = torch.zeros(2, len(at))
+        logps[side, list(at).index(1)] = float("nan")
+        return logps
+
+    with pytest.raises(TrainingError, match=r"1 of 3 pairs .* \(rows 71\)"):
+        score_pairs(None, pairs, scorer, cpu)
+
+
+def test_scores_hold_the_lengths_of_their_sides(cpu):
+    found = scored(tiny_gpt2(), [EncodedPair([3], [5, 6, 0], [7]), EncodedPair([3], [5], [7, 0])], cpu)
+    assert (found.chosen_tokens.tolist(), found.rejected_tokens.tolist()) == ([3, 1], [1, 2])
 
 
 def test_batch_size_and_order_change_no_score(cpu):
@@ -95,6 +116,16 @@ def test_kl_is_that_of_a_plain_loop(cpu):
         )
 
 
+def test_the_kl_is_measured_after_the_prompt_that_was_sampled_from(cpu):
+    """Of a long prompt its last tokens, as in `sample`."""
+    models, how = (tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)), {"max_prompt_length": 2}
+    cut, short = (
+        response_kls(*models, Tokens(), [Response(p, [5, 6, 0], "ef", True)], cpu, **how) for p in ("wxyab", "ab")
+    )
+    assert cut == short
+    assert cut != response_kls(*models, Tokens(), [Response("wxyab", [5, 6, 0], "ef", True)], cpu, max_prompt_length=5)
+
+
 def test_text_measures_by_hand():
     responses = [Response("", [1, 2, 0], "a b c", True), Response("", [1, 2, 3, 4, 5], "x y z x y z", False)]
     m = text_measures(responses)
@@ -115,11 +146,15 @@ def test_longer_wins_by_hand(monkeypatch):
 
 
 def test_metrics_follow_the_loss_type():
-    """β = 0.5, log-ratios +2 and -1: ipo per token of 4: (0.5 + 0.25 - 1)² = 0.0625; hinge max(0, 1 - 1.5) = 0."""
+    """β = 0.5, log-ratios +2 and -1: ipo per token of 4: (0.5 + 0.25 - 1)² = 0.0625; hinge max(0, 1 - 1.5) = 0.
+
+    Smoothed by 0.1, as in `test_losses.test_label_smoothing_literal`: 0.351413.
+    """
     policy, reference = scores([-8.0], [-11.0]), scores([-10.0], [-10.0])
     assert pair_values(policy, reference, 0.5, "ipo")["loss"].item() == pytest.approx(0.0625)
     assert pair_values(policy, reference, 0.5, "hinge")["loss"].item() == 0.0
     assert pair_values(policy, reference, 0.5, "ipo")["reward_margin"].item() == 1.5
+    assert pair_values(policy, reference, 0.5, "sigmoid", 0.1)["loss"].item() == pytest.approx(0.351413, abs=1e-6)
 
 
 def test_order_batch_size_and_padding_change_no_metric(cpu):

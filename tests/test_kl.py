@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import pytest
 import torch
 
 from dpo_helpers.evaluation import exact_token_kl, sequence_kl
@@ -56,6 +57,20 @@ def test_the_direction_matters_and_is_policy_first():
     p, q = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log()
     assert abs(exact_token_kl(p, q).item() - 0.1438410362) < 1e-6
     assert abs(exact_token_kl(q, p).item() - 0.1308120359) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
+)
+def test_the_exact_kl_is_computed_in_32_bits_or_more_and_never_negative(given, computed):
+    """Of two models that are almost the same: rounding makes sums such as -1e-8."""
+    p = torch.randn(1, 500, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = p.to(given), (p + 1e-5 * p.flip(-1)).to(given)
+    found = exact_token_kl(p, q)
+    kls = torch.nn.functional.kl_div(*(x.double().log_softmax(-1) for x in (q, p)), reduction="none", log_target=True)
+    assert found.dtype == computed
+    assert found.min() >= 0
+    torch.testing.assert_close(found.double(), kls.sum(-1), atol=1e-14 if computed == torch.float64 else 1e-6, rtol=0)
 
 
 def test_k1_can_be_negative_and_the_others_cannot():

@@ -7,7 +7,7 @@ import torch
 
 from dpo_helpers.fast.engine import FastScorer
 from dpo_helpers.fast.head import head_logprobs
-from dpo_helpers.logprobs import PlainScorer, pair_logprobs, response_logprobs, token_logprobs
+from dpo_helpers.logprobs import PairScores, PlainScorer, pair_logprobs, response_logprobs, token_logprobs
 from dpo_helpers.tokens import EncodedPair, collate
 
 PAIRS = [
@@ -134,3 +134,9 @@ def test_a_scorer_gives_the_sides_that_are_named_in_their_order(gpt2, scorer, si
     assert len(found) == len(sides)
     for side, logps in zip(sides, found, strict=True):
         torch.testing.assert_close(logps, expected[side], atol=1e-5, rtol=0)
+
+
+def test_some_of_the_pairs_keep_what_is_theirs():
+    scores = PairScores(*(torch.arange(4) + 10 * k for k in range(4)))
+    found = scores[[2, 0]]
+    assert [values.tolist() for values in vars(found).values()] == [[2, 0], [12, 10], [22, 20], [32, 30]]

@@ -14,7 +14,7 @@ from dpo_helpers.models import freeze, weights_hash
 from dpo_helpers.run.checkpoints import Checkpoints
 from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.watch import RunWatch
-from dpo_helpers.tokens import EncodedPair
+from dpo_helpers.tokens import EncodedPair, batch_order
 from dpo_helpers.training import (
     DPOObjective,
     SFTObjective,
@@ -126,6 +126,70 @@ def test_dropout_is_off_even_if_the_model_comes_in_training_mode(cpu):
     policy.train()
     rows = train(policy, data, PlainScorer(data, 0), objective, PLAN, cpu)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing", "loss"),
+    [
+        ("sigmoid", 0.0, 0.201413),
+        ("sigmoid", 0.1, 0.351413),
+        ("robust", 0.1, 0.013913),
+        ("ipo", 0.0, 0.0),
+        ("hinge", 0.0, 0),
+    ],
+)
+def test_the_objective_by_hand(loss_type, smoothing, loss):
+    """β = 0.5. Of the pairs at 2 and 0 the first has log-ratios +2 and -1, βh = 1.5, as in `test_losses`; ipo over 4 and
+    2 tokens: (0.5 + 0.5 - 1)² = 0. The other one's are 3 and 3, a tie: not right."""
+    lengths = torch.tensor([4, 9, 4]), torch.tensor([2, 9, 2])
+    reference = PairScores(torch.tensor([-8.0, 0.0, -10.0]), torch.tensor([-7.0, 0.0, -9.0]), *lengths)
+    objective = DPOObjective(reference, 0.5, loss_type, smoothing)
+    losses, metrics = objective([2, 0], torch.tensor([-8.0, -5.0]), torch.tensor([-10.0, -4.0]))
+    assert losses[0].item() == pytest.approx(loss, abs=1e-6)
+    assert {key: values.tolist() for key, values in metrics.items()} == {
+        "chosen_reward": [1.0, 1.5], "rejected_reward": [-0.5, 1.5], "reward_margin": [1.5, 0.0],
+        "reward_accuracy": [1.0, 0.0],
+    }  # fmt: skip
+
+
+def test_the_loop_is_the_one_that_is_said(cpu, monkeypatch):
+    """Against updates written out: w - rate · clipped gradient, of the batches' mean loss, the rate by the warm-up."""
+    monkeypatch.setattr(training, "make_optimizer", lambda _, parameters, rate: torch.optim.SGD(parameters, lr=0.0))
+    data, how = pairs(), plan(learning_rate=0.1, max_grad_norm=0.5, warmup_steps=2, seed=3)
+    loop, by_hand = tiny_gpt2(), tiny_gpt2()
+    objective = DPOObjective(scored(by_hand, data, cpu), 0.5)
+    rows = train(loop, data, PlainScorer(data, 0), objective, how, cpu)
+    norms = []
+    for step, (_, at) in enumerate(batch_order(10, 4, 2, seed=3)):
+        loss = objective(at, *PlainScorer(data, 0)(by_hand, at))[0].mean()
+        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+        norms.append(sum(g.double().pow(2).sum().item() for g in gradients) ** 0.5)
+        assert rows[step]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        with torch.no_grad():
+            for weight, gradient in zip(by_hand.parameters(), gradients, strict=True):
+                weight -= 0.1 * min(1, (step + 1) / 3) * min(1, 0.5 / norms[-1]) * gradient
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-3)
+    assert max(norms) > 0.5, "the gradient is clipped"
+    assert [row["pairs"] for row in rows] == [4, 4, 2, 4, 4, 2]
+    for a, b in zip(loop.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_chance_is_a_function_of_seed_and_step_and_leaves_the_callers_alone(cpu):
+    """What a step draws: another number at each step and of each seed, the same twice, whatever was drawn before."""
+    data, drawn = pairs(), []
+
+    def drawing(model, at, sides):
+        drawn.append(torch.rand(()).item())
+        return PlainScorer(data, 0)(model, at, sides)
+
+    for seed in (0, 0, 1):
+        policy, _ = tiny_gpt2(), torch.rand(1 + len(drawn))
+        before = torch.get_rng_state()
+        train(policy, data, drawing, sft(data), plan(seed=seed), cpu)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert drawn[:6] == drawn[6:12]
+    assert len(set(drawn)) == 12
 
 
 def test_dpo_learns_the_pairs(cpu):

@@ -50,6 +50,13 @@ def test_pairing_takes_out_what_both_share():
         paired_difference(first, second[1:])
 
 
+def test_a_paired_difference_is_the_interval_of_the_differences_with_its_options():
+    first, second, options = [3.0, 1.0, 4.0, 1.0], [1.0, 1.0, 2.0, 2.0], {"level": 0.5, "resamples": 50, "seed": 3}
+    found = paired_difference(first, second, **options)
+    assert found == bootstrap_mean([2.0, 0.0, 2.0, -1.0], **options) != paired_difference(first, second)
+    assert (found.estimate, found.level) == (0.75, 0.5)
+
+
 def test_the_same_seed_gives_the_same_interval_and_it_prints():
     x = torch.arange(50.0)
     assert bootstrap_mean(x) == bootstrap_mean(x) != bootstrap_mean(x, seed=1)
