@@ -94,9 +94,11 @@ def test_sixteen_bit_logits_are_summed_in_float32():
     assert abs(got.item() + 299 * math.log(50)) < 1e-2
 
 
-def test_the_head_in_chunks_is_autograd(monkeypatch):
-    """Chunks of 3 rows, 10 rows: float64 values and gradients against log_softmax."""
-    monkeypatch.setattr("dpo_helpers.fast.head.CHUNK_BYTES", 3 * 4 * 7)
+@pytest.mark.parametrize("size", [3 * 4 * 7, 1])
+def test_the_head_in_chunks_is_autograd(monkeypatch, size):
+    """Chunks of 3 rows, or of one where not even that has room, 10 rows: float64 values and gradients against
+    log_softmax."""
+    monkeypatch.setattr("dpo_helpers.fast.head.CHUNK_BYTES", size)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 5, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
@@ -106,6 +108,17 @@ def test_the_head_in_chunks_is_autograd(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(logps, hidden, upstream)[0] for logps in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_head_reckons_in_32_bits_what_comes_in_16(trains):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 5, generator=generator).bfloat16()
+    weight, targets = 20 * torch.randn(7, 5, generator=generator), torch.arange(10) % 7
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_logprobs(hidden, weight.requires_grad_(trains), targets)
+    expected = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(10), targets]
+    torch.testing.assert_close(found, expected.float(), atol=1e-3, rtol=0)
 
 
 def test_the_plain_scorer_runs_the_pairs_at_these_positions_and_no_side_that_is_not_asked_for(gpt2):

@@ -1,6 +1,7 @@
 """The stages on a small run: artefacts are made once, used again, remade when what they came from changed."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from dpo_helpers.models import freeze, weights_hash
 from dpo_helpers.run import measures, outputs, report, stages, trained
 from dpo_helpers.run.report import check_results, make_report, results_schema
 from dpo_helpers.uncertainty import mean_and_error
+from dpo_helpers.worlds.embedded import true_reward
 
 
 def mtimes(folder):
@@ -136,7 +138,7 @@ def test_the_other_start_is_sft_whatever_the_main_run_starts_from(small, main):
         assert model.weights_sha256 == stages.get_dpo(settings).weights_sha256
 
 
-def test_an_evaluation_is_made_again_when_what_it_measures_changes(small, capsys):
+def test_an_evaluation_is_made_again_when_what_it_measures_changes(small, capsys, monkeypatch):
     """SFT's rewards use the settings' β: 10 times the β, 10 times the reward, on the same samples."""
     sft, settings = stages.get_sft(small), small
     first = measures.get_evaluation(settings, sft)
@@ -152,6 +154,16 @@ def test_an_evaluation_is_made_again_when_what_it_measures_changes(small, capsys
         if key == "beta":
             assert found.metrics["chosen_reward"] == pytest.approx(10 * first.metrics["chosen_reward"])
             assert found.metrics["kl"] == first.metrics["kl"]
+    base, data = stages.get_base(settings), stages.get_data(settings)
+    for function, value, named in (
+        ("get_reference", sft, "reference"), ("get_data", replace(data, sha256="another"), "data"),
+        ("get_data", replace(data, tokenizer_sha256="another"), "tokenizer"),
+    ):  # fmt: skip
+        monkeypatch.setattr(measures, function, lambda _, value=value: value)
+        measures.get_evaluation(settings, sft)
+        assert f"{named}: " in capsys.readouterr().out
+    assert measures.get_evaluation(settings, replace(base, name="sft")).metrics["kl"] > 0
+    assert "(model: " in capsys.readouterr().out
 
 
 def test_the_frontier_ends_with_the_evaluation_of_the_trained_model(small, monkeypatch):
@@ -241,7 +253,12 @@ def test_report_and_final_model(small):
     assert set(results["sweep"]) == {"0.5", "5"}
     assert results["models"]["reference"]["metrics"]["kl"] == 0.0
     assert results["models"]["dpo"]["metrics"] == results["sweep"]["0.5"]["metrics"]
-    assert 0.5 < results["data"]["accuracy_baselines"]["best possible"] < 1
+    gaps = [
+        true_reward(pair.prompt, pair.chosen) - true_reward(pair.prompt, pair.rejected)
+        for pair in stages.get_data(small).pairs.held_out
+    ]
+    best = sum(1 / (1 + math.exp(-abs(gap))) for gap in gaps) / 12
+    assert results["data"]["accuracy_baselines"]["best possible"] == pytest.approx(best)
     assert 0 < results["data"]["accuracy_baselines"]["longer wins"] < 1
     assert set(results["frontier"]) == {"sft", "β = 0.05", "β = 0.5", "β = 5", "hot"}
     points = results["frontier"]["β = 5"]
