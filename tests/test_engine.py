@@ -155,10 +155,12 @@ def test_pairs_meet_the_frozen_blocks_in_the_same_company_whichever_comes_first(
     assert sorted(map(len, met[0])) == [0, 2, 8]
 
 
-def test_the_kept_output_lies_in_the_folder_that_is_given(tmp_path):
-    """A system's folder for temporary files may be small, or memory."""
-    with pytest.raises(FileNotFoundError):
-        FastScorer(tiny_gpt2(), pairs(), 1, folder=tmp_path / "missing")
+def test_the_kept_output_lies_in_the_folder_that_is_given(tmp_path, capsys):
+    """A system's folder for temporary files may be small, or memory. A folder that is not there has no room."""
+    FastScorer(tiny_gpt2(), pairs(), 1, folder=tmp_path)
+    assert "no room" not in capsys.readouterr().out
+    FastScorer(tiny_gpt2(), pairs(), 1, folder=tmp_path / "missing")
+    assert "no room for" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_and_survived(monkeypatch, capsys):
