@@ -25,11 +25,3 @@ class Compute:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
-
-    def rounding(self, tokens: int) -> float:
-        """Nats by which log p of so many tokens may differ from float32's by rounding: an allowance for checks.
-
-        1e-3 in fp32, for another order of the same sums. In 16 bits 0.05 per token, which is wide: such a check then
-        finds another model or another pair, but not always one missing token.
-        """
-        return 1e-3 if self.precision == "fp32" else 0.05 * tokens

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .device import Compute
-from .errors import DataError, TrainingError
+from .errors import TrainingError
 from .generation import Response
 from .logprobs import PairScores, Scorer, token_logprobs
-from .losses import dpo_loss
 from .tokens import EncodedPair, by_length, collate, encode_prompts
+from .training import DPOObjective
 from .uncertainty import mean_and_error
 
 
@@ -63,40 +63,13 @@ def score_pairs(
     return PairScores(chosen, rejected, *lengths)
 
 
-@torch.no_grad()
-def token_logratios(policy: Any, reference: Any, pair: EncodedPair, compute: Compute) -> tuple[Tensor, Tensor]:
-    """log π_θ - log π_ref of each token of a pair's responses: [C] of the chosen, [R] of the rejected, on the CPU.
-
-    Their sums are the pair's log-ratios, which are the rewards over β. End-of-text is a token like any other. Raises
-    DataError where the prompt is empty, so that nothing predicts the first token.
-    """
-    if not pair.prompt:
-        raise DataError(f"row {pair.index}: the prompt is empty, so nothing predicts the first response token")
-    batch = collate([pair], pad_id=0).to(compute.device)  # any id pads: masks go by position
-    run = {"input_ids": batch.ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    with compute.autocast():
-        of_policy, of_reference = (token_logprobs(model(**run).logits, batch.ids) for model in (policy, reference))
-    ratios, scored = of_policy - of_reference, batch.response_mask[:, 1:]  # [2, T-1] each
-    chosen, rejected = (ratios[side][scored[side]].cpu() for side in (0, 1))
-    return chosen, rejected
-
-
 def pair_values(
     policy: PairScores, reference: PairScores, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
     """Per pair, [n] each: loss, chosen and rejected reward, reward margin, whether it is right, chosen log-ratio."""
-    losses, chosen, rejected = dpo_loss(
-        policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=beta, loss_type=loss_type,
-        label_smoothing=label_smoothing, lengths=(policy.chosen_tokens, policy.rejected_tokens),
-    )  # fmt: skip
-    return {
-        "loss": losses,
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-        "reward_margin": chosen - rejected,
-        "reward_accuracy": (chosen > rejected).float(),
-        "chosen_logratio": chosen / beta,
-    }
+    objective = DPOObjective(reference, beta, loss_type, label_smoothing)
+    losses, metrics = objective(range(len(policy.chosen)), policy.chosen, policy.rejected)
+    return {"loss": losses, **metrics, "chosen_logratio": metrics["chosen_reward"] / beta}
 
 
 def preference_metrics(
@@ -104,9 +77,8 @@ def preference_metrics(
 ) -> dict[str, float]:
     """Means of `pair_values` over the pairs, each with its standard error (`_se`), and the share of ties.
 
-    reward_accuracy is the share of pairs with margin > 0 and ties the share with margin exactly 0.
-    chosen_logratio is the mean log-ratio on the data's chosen responses, which is not a KL divergence: it is
-    no expectation over the policy and can be negative.
+    reward_accuracy is the share of pairs with margin > 0, ties that with margin exactly 0. chosen_logratio is of the
+    data's chosen responses, so it is no KL divergence: no expectation over the policy, and it can be negative.
     """
     values = pair_values(policy, reference, beta, loss_type, label_smoothing)
     metrics = {"ties": (values["reward_margin"] == 0).float().mean().item()}
@@ -162,7 +134,7 @@ def response_kls(
     prompts = encode_prompts(tokenizer, [response.prompt for response in responses], max_prompt_length)
     rows = [EncodedPair(prompt, r.ids, r.ids) for prompt, r in zip(prompts, responses, strict=True)]
     order = by_length(rows)
-    estimates: dict[str, list[Tensor]] = {"kl": [], "k1": [], "k3": []}
+    estimates = {key: torch.empty(len(rows)) for key in ("kl", "k1", "k3")}
     for start in range(0, len(rows), batch_size):
         at = order[start : start + batch_size]
         batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(compute.device)
@@ -173,6 +145,5 @@ def response_kls(
         with compute.autocast():
             logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
         for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
-            estimates[key].append(value.cpu())
-    back = torch.tensor(order).argsort()
-    return {key: torch.cat(values)[back] for key, values in estimates.items()}
+            estimates[key][at] = value.float().cpu()
+    return estimates

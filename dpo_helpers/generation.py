@@ -84,10 +84,8 @@ def sample(
         length = max(len(encoded[i]) for i in at)
         ids = torch.tensor([[eos] * (length - len(encoded[i])) + encoded[i] for i in at])
         mask = torch.tensor([[0] * (length - len(encoded[i])) + [1] * len(encoded[i]) for i in at])
-        processors = LogitsProcessorList()
-        if temperature > 0:
-            uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at])
-            processors.append(_InverseTransform(uniforms, temperature))
+        uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at])
+        processors = LogitsProcessorList([_InverseTransform(uniforms, temperature)] if temperature > 0 else [])
         with compute.autocast():
             out = plain.generate(
                 ids.to(compute.device), attention_mask=mask.to(compute.device), logits_processor=processors

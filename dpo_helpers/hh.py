@@ -50,11 +50,6 @@ def single_turn(question: str) -> str:
     return f"{HUMAN} {question}{ASSISTANT}"
 
 
-def count_turns(prompt: str) -> int:
-    """How many times the human speaks in a prompt."""
-    return prompt.count(HUMAN)
-
-
 def parse_row(row: object, index: int = 0) -> Pair | Finding:
     """One HH row {"chosen": text, "rejected": text} as a Pair, or a Finding with the reason why it cannot be one."""
     if not isinstance(row, Mapping):

@@ -39,9 +39,8 @@ def response_logprobs(logits: Tensor, ids: Tensor, response_mask: Tensor) -> Ten
 def batch_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
     """log p(response | prompt) of each row under `model`, [N]: one forward pass and `response_logprobs`.
 
-    ids, attention_mask, response_mask: [N, T]. The logits of positions before every response are never used,
-    so transformers is asked for the last ones only; with long prompts and a large vocabulary that saves most
-    of the memory.
+    ids, attention_mask, response_mask: [N, T]. Logits before every response are never used and not asked for, which
+    saves most of the memory where prompts are long and the vocabulary is large.
     """
     first = int(response_mask.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token of the batch
     kept = {"logits_to_keep": ids.shape[1] - first, "use_cache": False}
@@ -50,10 +49,7 @@ def batch_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, response_mas
 
 
 def pair_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """(log p(chosen | prompt), log p(rejected | prompt)) of a batch under `model`, each [B].
-
-    model: a causal language model of transformers.
-    """
+    """(log p(chosen | prompt), log p(rejected | prompt)) of a batch under `model`, one of transformers; each [B]."""
     sums = batch_logprobs(model, batch.ids, batch.attention_mask, batch.response_mask)  # [2B]
     chosen, rejected = sums.chunk(2)
     return chosen, rejected

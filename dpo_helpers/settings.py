@@ -56,13 +56,9 @@ PRECISION = one_of("auto", "fp32", "bf16", "fp16")
 
 def check_loss(beta: float, loss_type: str, label_smoothing: float) -> None:
     """SettingsError, naming the value, unless `losses.dpo_loss` can be computed with these."""
-    given = {"beta": (beta, BETA), "loss_type": (loss_type, one_of(*LOSS_TYPES))}
-    _require({**given, "label_smoothing": (label_smoothing, SHARE)})
-    if label_smoothing and loss_type not in SMOOTHED:
-        raise SettingsError(
-            f"label_smoothing is {label_smoothing!r}, but loss_type {loss_type!r} has none: use 0, or one of "
-            + ", ".join(SMOOTHED)
-        )
+    _require({"beta": (beta, BETA), "loss_type": (loss_type, one_of(*LOSS_TYPES))})
+    none = Rule(f"0, since loss_type {loss_type!r} has none; {' and '.join(SMOOTHED)} have", lambda x: x == 0)
+    _require({"label_smoothing": (label_smoothing, SHARE if loss_type in SMOOTHED else none)})
 
 
 def _require(given: dict[str, tuple[object, Rule | None]]) -> None:
@@ -133,8 +129,13 @@ class Settings:
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this profile's run: <runs_dir>/<profile>."""
-        return (Path(self.runs_dir) if self.runs_dir else default_runs_dir()) / self.profile
+        """Folder of this profile's run: <runs_dir>/<profile>.
+
+        Without runs_dir: runs/ in the nearest folder upwards that holds the course, else in the working directory.
+        """
+        upwards = (Path.cwd(), *Path.cwd().parents)
+        holds = (at for at in upwards if (at / "pyproject.toml").is_file() and (at / "notebooks").is_dir())
+        return (Path(self.runs_dir) if self.runs_dir else next(holds, upwards[0]) / "runs") / self.profile
 
 
 # The lesson's numbers are those of float32, and a model as small as the embedded one gains nothing from less.
@@ -146,19 +147,9 @@ PROFILES: dict[str, Settings] = {
     "gpt2": Settings(
         profile="gpt2", model="openai-community/gpt2", model_revision=GPT2_REVISION,
         dataset="Anthropic/hh-rlhf", dataset_revision=HH_REVISION,
-        max_pairs=4000, held_out_pairs=500, max_length=512, max_prompt_length=256,
-        epochs=5, batch_size=8,
+        max_pairs=4000, held_out_pairs=500, max_length=512, max_prompt_length=256, epochs=5, batch_size=8,
     ),
 }  # fmt: skip
-
-
-def default_runs_dir() -> Path:
-    """runs/ in the nearest folder upwards that holds this course (notebooks/ and pyproject.toml), else here."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
-            return folder / "runs"
-    return here / "runs"
 
 
 def parse_value(name: str, text: str) -> Any:

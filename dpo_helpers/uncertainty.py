@@ -41,9 +41,8 @@ def bootstrap_mean(
     x = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(x), (resamples, len(x)), generator=generator)
-    means = x[drawn].mean(dim=1)
-    tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = x[drawn].mean(dim=1).quantile(tails).tolist()
     return Interval(x.mean().item(), low, high, level)
 
 

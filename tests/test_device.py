@@ -7,6 +7,7 @@ from dpo_helpers.device import Compute
 from dpo_helpers.errors import SettingsError
 from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.machine import describe, peak_memory_gb, pick_compute
+from dpo_helpers.show.checks import rounding
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,8 @@ def test_autocast_computes_in_the_precision_and_only_inside():
 
 def test_the_allowance_for_rounding_grows_with_the_tokens_in_16_bits_alone():
     at = torch.device("cpu")
-    assert [Compute(at, "fp32").rounding(n) for n in (1, 30)] == [1e-3, 1e-3]
-    assert [Compute(at, p).rounding(30) for p in ("fp16", "bf16")] == pytest.approx([1.5, 1.5])
+    assert [rounding(Compute(at, "fp32"), n) for n in (1, 30)] == [1e-3, 1e-3]
+    assert [rounding(Compute(at, p), 30) for p in ("fp16", "bf16")] == pytest.approx([1.5, 1.5])
 
 
 def test_peak_memory_is_of_this_process():

@@ -15,6 +15,7 @@ from dpo_helpers.run.loading import load_model, load_tokenizer, save_model
 from dpo_helpers.run.machine import compute_of
 from dpo_helpers.run.pairs import load_pairs
 from dpo_helpers.settings import load_settings
+from dpo_helpers.show.checks import rounding
 
 H100, T4 = (9, 0), (7, 5)
 
@@ -91,7 +92,7 @@ def test_a_gpu_gets_the_numbers_of_a_cpu(small, tmp_path, monkeypatch, chip, pre
         assert dpo_on_gpu.metrics[-1][name] == pytest.approx(dpo.metrics[-1][name], abs=tolerance), name
     if precision == "fp32":  # in 16 bits other tokens are drawn here and there, and the KL is that of other answers
         assert kl == pytest.approx(measures.get_evaluation(small, dpo).metrics["kl"], abs=tolerance)
-    allowed = [compute_of(settings).rounding(len(pair.chosen)) for pair in stages.get_data(small).train]
+    allowed = [rounding(compute_of(settings), len(pair.chosen)) for pair in stages.get_data(small).train]
     assert all(abs(a) <= b for a, b in zip(off.tolist(), allowed, strict=True))
     made = json.loads((settings.run_dir / "dpo/manifest.json").read_text(encoding="utf-8"))
     assert made["about"]["device"] == f"cuda (Pretended GPU), {precision}"

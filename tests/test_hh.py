@@ -1,7 +1,7 @@
 import pytest
 
 from dpo_helpers.errors import DataError
-from dpo_helpers.hh import Finding, Pair, count_turns, parse_row, single_turn, split_prompt
+from dpo_helpers.hh import Finding, Pair, parse_row, single_turn, split_prompt
 from dpo_helpers.run.pairs import RowsError, parse_rows
 from dpo_helpers.run.rows import Unreadable
 
@@ -12,7 +12,6 @@ OTHER = "\n\nHuman: Hi\n\nAssistant: I cannot."
 def test_prompt_ends_with_the_last_assistant_marker_and_keeps_the_leading_space():
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
     assert split_prompt(text) == ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d")
-    assert count_turns(split_prompt(text)[0]) == 2
 
 
 def test_words_that_both_responses_start_with_stay_in_the_response():

@@ -18,15 +18,12 @@ from dpo_helpers.run import stages
 PACKAGE = Path(dpo_helpers.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 NOT_CORE = {"__init__.py", "__main__.py", "cli.py"}
-SMALL_PRINT = {"device.py", "errors.py", "untrusted.py"}
 CORE = {name: text for name, text in SOURCES.items() if "/" not in name and name not in NOT_CORE}
 
 
-def test_the_core_is_ten_modules_of_1300_lines_at_most_and_small_print():
-    lines = {name: len(text.splitlines()) for name, text in CORE.items()}
-    assert len(lines.keys() - SMALL_PRINT) <= 10, sorted(lines)
-    assert sum(count for name, count in lines.items() if name not in SMALL_PRINT) <= 1300
-    assert sum(lines[name] for name in SMALL_PRINT) <= 100
+def test_the_core_is_thirteen_modules_of_1300_lines_at_most():
+    assert len(CORE) <= 13, "the ten of the lesson, and small print: " + " ".join(sorted(CORE))
+    assert sum(len(text.splitlines()) for text in CORE.values()) <= 1300
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -78,8 +75,9 @@ def ways(monkeypatch):
 
 def test_from_get_dpo_to_the_loss_it_is_seven_frames_at_most(small, ways):
     stages.get_dpo(small)
-    assert len(ways) == 3, "24 pairs in batches of 8, each in one part"
-    for way in ways:
+    trained = [way for way in ways if "preference_metrics" not in way]
+    assert len(trained) == 3, "24 pairs in batches of 8, each in one part"
+    for way in trained:
         assert way[0] == "get_dpo"
         assert "train" in way
         assert len(way) <= 7, way

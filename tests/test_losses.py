@@ -181,7 +181,7 @@ def test_bad_label_smoothing(smoothing):
 def test_nothing_is_ignored():
     """TRL takes label_smoothing with its sigmoid loss and does nothing with it; here it works or is refused."""
     for kind in ("ipo", "hinge"):
-        with pytest.raises(SettingsError, match=f"label_smoothing is 0.1, but loss_type '{kind}' has none"):
+        with pytest.raises(SettingsError, match=f"is 0.1, but must be 0, since loss_type '{kind}' has none"):
             dpo_loss(t(0), t(0), t(0), t(0), beta=1.0, loss_type=kind, label_smoothing=0.1)
     with pytest.raises(SettingsError, match="loss_type is 'dpo', but must be one of sigmoid, ipo, hinge, robust"):
         dpo_loss(t(0), t(0), t(0), t(0), beta=1.0, loss_type="dpo")

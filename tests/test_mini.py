@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dpo_helpers.hh import count_turns
+from dpo_helpers.hh import HUMAN
 from dpo_helpers.run.disk import json_hash
 from dpo_helpers.run.pairs import parse_rows
 from dpo_helpers.worlds import embedded
@@ -110,7 +110,7 @@ def test_size_and_form_of_the_world():
     for rows in (train, test):
         pairs, dropped = parse_rows(rows)
         assert not dropped
-        several = sum(count_turns(p.prompt) > 1 for p in pairs) / len(pairs)
+        several = sum(p.prompt.count(HUMAN) > 1 for p in pairs) / len(pairs)
         assert 0.2 < several < 0.4
 
 

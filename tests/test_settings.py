@@ -4,7 +4,7 @@ from dataclasses import fields
 import pytest
 
 from dpo_helpers.errors import SettingsError
-from dpo_helpers.settings import GPT2_REVISION, HH_REVISION, Settings, default_runs_dir, load_settings, parse_value
+from dpo_helpers.settings import GPT2_REVISION, HH_REVISION, Settings, load_settings, parse_value
 
 
 def test_the_study_profile():
@@ -112,7 +112,6 @@ def test_runs_are_kept_beside_the_notebooks(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert default_runs_dir() == tmp_path / "runs"
     assert load_settings("mini").run_dir == tmp_path / "runs/mini"
     (tmp_path / "pyproject.toml").unlink()
-    assert default_runs_dir() == tmp_path / "notebooks/runs"
+    assert load_settings("mini").run_dir == tmp_path / "notebooks/runs/mini"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..device import Compute
+from ..errors import DataError
 from ..evaluation import Evaluation, pair_values, preference_metrics
 from ..generation import Response
-from ..logprobs import PairScores
+from ..logprobs import PairScores, token_logprobs
 from ..settings import EMBEDDED, Settings
+from ..tokens import EncodedPair, collate
 from ..training import MetricsRow
 from ..uncertainty import Interval, mean_and_error, paired_difference
 from ..worlds import embedded
@@ -160,3 +164,21 @@ def get_differences(settings: Settings) -> dict[str, Interval]:
         f"{metric}: {first} - {second}": paired_difference(values[first][metric], values[second][metric])
         for metric, first, second in wanted
     }
+
+
+@torch.no_grad()
+def token_logratios(policy: Any, reference: Any, pair: EncodedPair, compute: Compute) -> tuple[Tensor, Tensor]:
+    """log π_θ - log π_ref of each token of a pair's responses: [C] of the chosen, [R] of the rejected, on the CPU.
+
+    Their sums are the pair's log-ratios, which are the rewards over β. End-of-text is a token like any other. Raises
+    DataError where the prompt is empty, so that nothing predicts the first token.
+    """
+    if not pair.prompt:
+        raise DataError(f"row {pair.index}: the prompt is empty, so nothing predicts the first response token")
+    batch = collate([pair], pad_id=0).to(compute.device)  # any id pads: masks go by position
+    run = {"input_ids": batch.ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    with compute.autocast():
+        of_policy, of_reference = (token_logprobs(model(**run).logits, batch.ids) for model in (policy, reference))
+    ratios, scored = of_policy - of_reference, batch.response_mask[:, 1:]  # [2, T-1] each
+    chosen, rejected = (ratios[side][scored[side]].cpu() for side in (0, 1))
+    return chosen, rejected

@@ -21,7 +21,7 @@ from .sources import SUFFIXES, Source, fetched, first_line, opening, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
 MAX_FINDINGS = 100_000  # rows that may be unusable with it; after that many no more are read
-MAX_TOGETHER = 2**22  # characters that meet the tokenizer together: a token takes a hundred bytes until it is an id
+MAX_TOGETHER = 2**20  # characters that meet the tokenizer together: a token takes a hundred bytes until it is an id
 _HTML = re.compile(r"</?[a-zA-Z][^<>]*>|<!--")
 
 
