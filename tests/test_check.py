@@ -83,6 +83,18 @@ def test_a_model_that_remembers_is_refused():
         check_model(model, 16)
 
 
+def test_rounding_is_no_dependence_where_all_tokens_are_as_likely():
+    """Only the last digit of log p, about 5e-7 of ln 60, differs between calls; it is all the spread there is."""
+    model, calls = family("GPT2", **FAMILIES["GPT2"]), []
+
+    def flat(module, args, out):
+        calls.append(out)
+        return torch.zeros_like(out).index_fill(-1, torch.tensor([0]), 5e-7 * (len(calls) % 2))
+
+    model.lm_head.register_forward_hook(flat)
+    check_model(model, 32)
+
+
 def test_a_model_that_sees_the_future_is_refused():
     config = hf.BertConfig(**OLDER)
     torch.manual_seed(0)

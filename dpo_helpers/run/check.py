@@ -12,6 +12,7 @@ from ..settings import Settings
 from ..tokens import start_ids
 
 NOISE = 1e-4  # of the spread of log-probabilities: rounding stays below 3e-5, and faults are far above
+LAST_DIGITS = 1e-6  # of a log-probability itself: where all tokens are almost as likely, rounding is all the spread
 
 
 def check_limits(config: Any, tokenizer: Any, settings: Settings) -> None:
@@ -58,5 +59,5 @@ def check_model(model: Any, length: int) -> None:
         (alone[:-1], later[:-1], "depend on what comes later", "only a causal language model writes responses"),
     ):
         apart = (one - other).abs().max().nan_to_num(torch.inf)
-        if apart > NOISE * one.std():
+        if apart > NOISE * one.std() + LAST_DIGITS * one.abs().max():
             raise ModelError(f"{type(model).__name__}: log-probabilities of a text {what}, by {apart:.2g} nats; {why}")
