@@ -104,6 +104,15 @@ def test_a_model_that_sees_the_future_is_refused():
     check_model(hf.BertLMHeadModel(config).eval(), 16)
 
 
+@pytest.mark.parametrize("name", ["Bart", "Rwkv", "Roberta"])
+def test_a_model_that_samples_otherwise_than_it_scores_is_refused(name):
+    """Causal, and the same beside longer texts; but with padding on the left, as prompts are sampled, they err."""
+    own = {"Bart": {"decoder_layers": 3, "d_model": 16}, "Rwkv": {"attention_hidden_size": 16}, "Roberta": {}}[name]
+    model = family(name, **OLDER, **own, is_decoder=True)
+    with pytest.raises(ModelError, match=rf"{name}\w+: .* change with padding on its left, by \S+ nats; samples"):
+        check_model(model, 32)
+
+
 def test_weights_that_still_train_below_a_frozen_block_are_an_error():
     model = tiny_gpt2()
     model.transformer.extra = torch.nn.Parameter(torch.ones(()))

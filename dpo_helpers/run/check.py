@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..errors import ModelError, SettingsError
 from ..settings import Settings
@@ -38,26 +40,44 @@ def check_limits(config: Any, tokenizer: Any, settings: Settings) -> None:
 def check_model(model: Any, length: int) -> None:
     """ModelError unless the log-probabilities of a text depend on it alone, and each on what comes before it.
 
-    Tried on random ids: a short row alone, beside one of `length` tokens, alone again, and with another last token.
+    Tried on random ids: a short row alone, beside one of `length` tokens, alone again, with another last token, and as
+    `generation.sample` reads it, with padding on its left and a cache.
     """
     known, short = model.config.get_text_config().vocab_size, min(8, length - 1)
     ids = torch.randint(known, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, short:] = 0
 
-    def _logps(rows: int, tokens: int) -> Tensor:  # of the short row, [short, V]
-        run = {"input_ids": ids[:rows, :tokens], "attention_mask": mask[:rows, :tokens], "use_cache": False}
-        logits: Tensor = model(**run).logits[0, :short]
+    def _logps(ids: Tensor, tokens: int) -> Tensor:  # of the first row's first tokens, [tokens, V]
+        run = {"input_ids": ids, "attention_mask": mask[: len(ids), : ids.shape[1]], "use_cache": False}
+        logits: Tensor = model(**run).logits[0, :tokens]
         return logits.float().log_softmax(dim=-1)
 
-    alone, beside, again = _logps(1, short), _logps(2, length), _logps(1, short)
+    alone, beside, again = _logps(ids[:1, :short], short), _logps(ids, short), _logps(ids[:1, :short], short)
+    sampled, continued = _sample(model, ids[:, : length - 1], short)
+    mask[0, short] = 1
+    scored = _logps(continued, short + 1)[-2:]
     ids[0, short - 1] = (ids[0, short - 1] + 1) % known
-    later = _logps(1, short)
+    later = _logps(ids[:1, :short], short)
     for one, other, what, why in (
         (alone, beside, "change with the texts beside it", "a dynamic RoPE does that: take another rope_type"),
         (alone, again, "change with the texts before it", "they cannot be compared"),
         (alone[:-1], later[:-1], "depend on what comes later", "only a causal language model writes responses"),
+        (scored, sampled, "change with padding on its left", "samples would be of another distribution"),
     ):
         apart = (one - other).abs().max().nan_to_num(torch.inf)
         if apart > NOISE * one.std() + LAST_DIGITS * one.abs().max():
             raise ModelError(f"{type(model).__name__}: log-probabilities of a text {what}, by {apart:.2g} nats; {why}")
+
+
+def _sample(model: Any, ids: Tensor, short: int) -> tuple[Tensor, Tensor]:
+    """Two tokens after the first row's first ones: their log-probabilities, [2, V], and the row with one of them."""
+    plain = copy(model)  # the same weights
+    plain.generation_config = GenerationConfig(
+        max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    ids[0] = ids[0].roll(-short)  # the row itself is on the right now
+    mask[0, :-short] = 0
+    found = plain.generate(ids, attention_mask=mask)
+    return torch.stack(found.logits)[:, 0].float().log_softmax(dim=-1), found.sequences[:1, -short - 2 : -1]
