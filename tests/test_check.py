@@ -194,6 +194,19 @@ def test_a_model_that_reads_too_few_tokens_is_an_error_before_any_work(tmp_path)
         check_limits(load_config(sampled), tokenizer, sampled)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "length", "most"),
+    [("Roberta", {**OLDER, "is_decoder": True}, 64, 62), ("Mpt", {**MPT, "max_seq_len": 16}, 32, 16)],
+)
+def test_a_limit_that_the_configuration_does_not_give_is_found_by_trying(name, sizes, length, most):
+    with pytest.raises(ModelError, match=rf"{name}ForCausalLM reads {most} tokens at most, but .* is {length} \("):
+        check_model(family(name, **sizes), length)
+
+
+def test_the_shortest_length_can_be_checked():
+    check_model(family("GPT2", **FAMILIES["GPT2"]), 2)
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_knows_is_an_error_before_any_work(tmp_path):
     settings = limited(tmp_path, vocab_size=1500)
     known = load_model(load_settings("mini")).config.vocab_size

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from copy import copy
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import ModelError, SettingsError
 from ..settings import Settings
 from ..tokens import start_ids
+from .sources import first_line
 
 NOISE = 1e-4  # of the spread of log-probabilities: rounding stays below 3e-5, and faults are far above
 LAST_DIGITS = 1e-6  # of a log-probability itself: where all tokens are almost as likely, rounding is all the spread
@@ -41,8 +44,10 @@ def check_model(model: Any, length: int) -> None:
     """ModelError unless the log-probabilities of a text depend on it alone, and each on what comes before it.
 
     Tried on random ids: a short row alone, beside one of `length` tokens, alone again, with another last token, and as
-    `generation.sample` reads it, with padding on its left and a cache.
+    `generation.sample` reads it, with padding on its left and a cache. ModelError too where it cannot read so many.
     """
+    _check_reads(model, length)
+    length = max(length, 3)  # to change a token that has one before it
     known, short = model.config.get_text_config().vocab_size, min(8, length - 1)
     ids = torch.randint(known, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     mask = torch.ones_like(ids)
@@ -68,6 +73,28 @@ def check_model(model: Any, length: int) -> None:
         apart = (one - other).abs().max().nan_to_num(torch.inf)
         if apart > NOISE * one.std() + LAST_DIGITS * one.abs().max():
             raise ModelError(f"{type(model).__name__}: log-probabilities of a text {what}, by {apart:.2g} nats; {why}")
+
+
+def _check_reads(model: Any, length: int) -> None:
+    """ModelError, with the number of tokens that it reads, where a model cannot read `length`: not all say a limit."""
+
+    token = model.config.get_text_config().vocab_size - 1
+
+    def _refusal(tokens: int) -> Exception | None:
+        try:
+            model(input_ids=torch.full((1, tokens), token, device=model.device), use_cache=False)
+        except Exception as error:  # each family has its own
+            if should_reduce_batch_size(error):
+                raise
+            return error
+        return None
+
+    if error := _refusal(length):
+        most = bisect_left(range(1, length), True, key=lambda tokens: _refusal(tokens) is not None)
+        raise ModelError(
+            f"{type(model).__name__} reads {most} tokens at most, but max_length or max_prompt_length + max_new_tokens "
+            f"is {length} ({first_line(error)})"
+        )
 
 
 def _sample(model: Any, ids: Tensor, short: int) -> tuple[Tensor, Tensor]:
