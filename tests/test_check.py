@@ -207,6 +207,15 @@ def test_the_shortest_length_can_be_checked():
     check_model(family("GPT2", **FAMILIES["GPT2"]), 2)
 
 
+def test_limits_are_looked_at_again_although_the_data_is_there(tmp_path):
+    small = {"max_pairs": 20, "held_out_pairs": 10, "runs_dir": str(tmp_path / "runs")}
+    get_data(load_settings("mini", **small))
+    with pytest.raises(SettingsError, match=r"max_prompt_length \+ max_new_tokens is 257, but .* reads 256 tokens"):
+        get_data(load_settings("mini", max_new_tokens=129, **small))
+    with pytest.raises(SettingsError, match="max_length is 256, but the model .* reads 200 tokens at most"):
+        get_data(load_settings("mini", model=limited(tmp_path, n_positions=200).model, **small))
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_knows_is_an_error_before_any_work(tmp_path):
     settings = limited(tmp_path, vocab_size=1500)
     known = load_model(load_settings("mini")).config.vocab_size

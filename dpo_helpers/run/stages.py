@@ -55,7 +55,6 @@ def get_data(settings: Settings) -> Data:
     with open_artefact(settings, "data", made_from) as artefact:
         if artefact.mine:
             list_of_all.unlink(missing_ok=True)
-            check_limits(load_config(settings), tokenizer, settings)
             try:
                 pairs = load_pairs(settings)
                 found, ids = fit_pairs(pairs, tokenizer, allow_dropped=settings.allow_dropped, **lengths)
@@ -72,8 +71,9 @@ def get_data(settings: Settings) -> Data:
 
 @lru_cache(maxsize=4)
 def _tokenizer(settings: Settings) -> tuple[Any, str]:
-    """The settings' tokenizer and its hash; kept, since every stage asks for them."""
+    """The settings' tokenizer, which the model and the lengths fit, and its hash; kept: every stage asks for them."""
     tokenizer = load_tokenizer(settings)
+    check_limits(load_config(settings), tokenizer, settings)
     return tokenizer, tokenizer_hash(tokenizer)
 
 
