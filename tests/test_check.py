@@ -12,7 +12,7 @@ from dpo_helpers.errors import ModelError, SettingsError
 from dpo_helpers.models import embeddings, freeze
 from dpo_helpers.run.check import check_limits, check_model
 from dpo_helpers.run.loading import load_config, load_model, load_saved, load_tokenizer, save_model
-from dpo_helpers.run.stages import get_data
+from dpo_helpers.run.stages import get_base, get_data
 from dpo_helpers.settings import load_settings
 
 SIZES = {
@@ -69,6 +69,27 @@ def test_a_model_whose_rope_depends_on_the_batch_is_refused():
     check_model(model, 16)  # nothing is longer than what it was made for: nothing changes
     with pytest.raises(ModelError, match=r"change with the texts beside it, by \d.*nats; a dynamic RoPE does that"):
         check_model(model, 32)
+
+
+def test_a_model_is_looked_at_as_long_as_its_samples_get(tmp_path):
+    """Its RoPE is another one from 281 tokens on: pairs of 256 are shorter, but not prompts of 128 with 200 new ones."""
+    tokenizer = load_tokenizer(load_settings("mini"))
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = family(
+        "Phi3", **{**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 512}, pad_token_id=0,
+        original_max_position_embeddings=280, initializer_range=0.5,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    )  # fmt: skip
+    save_model(model, tokenizer, tmp_path / "model")
+    small = {
+        "max_pairs": 20,
+        "held_out_pairs": 10,
+        "model": str(tmp_path / "model"),
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    get_base(load_settings("mini", freeze_layers=2, **small))
+    with pytest.raises(ModelError, match="change with the texts beside it, .* a dynamic RoPE does that"):
+        get_base(load_settings("mini", max_new_tokens=200, freeze_layers=2, **small))
 
 
 def test_a_model_that_remembers_is_refused():

@@ -93,8 +93,10 @@ def _read_data(settings: Settings, folder: Path, manifest_sha256: str) -> Data:
 def get_base(settings: Settings) -> ModelArtefact:
     """The plain model, before any training, with its log-probabilities. Artefact: reference/."""
     data = get_data(settings)
+    longest = max(settings.max_length, settings.max_prompt_length + settings.max_new_tokens)  # scored or sampled
     made_from = {
         "model": model_identity(settings),
+        "longest": longest,
         "data": data.sha256,
         "tokenizer": data.tokenizer_sha256,
         **{k: getattr(settings, k) for k in ("max_length", "max_prompt_length")},
@@ -102,7 +104,7 @@ def get_base(settings: Settings) -> ModelArtefact:
     with open_artefact(settings, "reference", made_from) as artefact:
         if artefact.mine:
             model = load_model(settings).to(compute_of(settings).device)
-            check_model(model, settings.max_length)
+            check_model(model, longest)
             save_with_scores(artefact, settings, data, model, [], training_pairs=True)
             artefact.about["model_commit"] = source_of(settings, "model").commit()
     return as_model("reference", artefact)
