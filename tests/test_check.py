@@ -176,6 +176,18 @@ def test_weights_that_nothing_asks_for_are_an_error_too(tmp_path):
         load_model(settings)
 
 
+def test_weights_of_another_shape_are_named(tmp_path):
+    settings = saved(tmp_path / "model", lambda name: name)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    cut = {name: t[:-1] if name.endswith("ln_1.weight") else t for name, t in tensors.items()}
+    save_file(cut, tmp_path / "model/model.safetensors", {"format": "pt"})
+    for load in (lambda: load_model(settings), lambda: load_saved(tmp_path / "model")):
+        with pytest.raises(
+            ModelError, match=r"12 mismatched, such as .*transformer\.h\.0\.ln_1\.weight.*127.*128.*h\.1\."
+        ):
+            load()
+
+
 @pytest.mark.parametrize("kind", ["tied twice", "sharded", "bf16"])
 def test_what_is_only_stored_otherwise_loads(tmp_path, kind):
     settings = load_settings("mini")

@@ -113,7 +113,7 @@ def load_model(settings: Settings) -> Any:
         try:  # a local folder: there is no revision
             model, found = AutoModelForCausalLM.from_pretrained(
                 **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False,
-                output_loading_info=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,  # `_check_keys` names them
             )  # fmt: skip
         except Exception as error:  # from_pretrained has no common base for what can go wrong
             raise ModelError(
@@ -191,7 +191,7 @@ def load_saved(folder: Path) -> Any:
     config = _config({"pretrained_model_name_or_path": folder})
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, config=config, use_safetensors=True, dtype=torch.float32, trust_remote_code=False,
-        output_loading_info=True,
+        output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
     _check_keys(found, str(folder))
     return with_float32_head(model).eval()
