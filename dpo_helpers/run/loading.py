@@ -123,6 +123,7 @@ def load_model(settings: Settings) -> Any:
     return with_float32_head(_plain(model) if "gguf_file" in where else model).eval()
 
 
+@opening()
 def load_config(settings: Settings) -> Any:
     """The configuration of the settings' model; ModelError where it cannot be read."""
     with _location(source_of(settings, "model")) as where:

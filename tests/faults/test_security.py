@@ -357,12 +357,13 @@ QUOTED = {
 }
 LOAD = """
 import sys
-from dpo_helpers.run.loading import load_model, load_saved, load_tokenizer
+from dpo_helpers.run.loading import load_config, load_model, load_saved, load_tokenizer
 from dpo_helpers.settings import load_settings
+saved = lambda settings: load_saved(__import__("pathlib").Path(settings.model))
 for folder in sys.argv[1:]:
     print("---", flush=True)
     print("---", file=sys.stderr, flush=True)
-    for load in (load_tokenizer, load_model, lambda settings: load_saved(__import__("pathlib").Path(settings.model))):
+    for load in (load_config, load_tokenizer, load_model, saved):
         try:
             load(load_settings("mini", model=folder))
         except Exception as error:
