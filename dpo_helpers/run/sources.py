@@ -107,7 +107,7 @@ def opening() -> Iterator[None]:
     logging.setLogRecordFactory(_record)
     warnings.formatwarning = lambda *args, **kwargs: visible(warning(*args, **kwargs))
     try:
-        with redirect_stdout(_Visible(sys.stdout)):
+        with redirect_stdout(sys.stdout and _Visible(sys.stdout)):  # there is none where it was closed
             yield
     finally:
         logging.setLogRecordFactory(record)

@@ -390,6 +390,13 @@ def test_what_a_library_says_of_a_models_files_takes_no_effect(model, tmp_path):
     assert not ACTIVE.search(done.stderr + done.stdout)
 
 
+def test_files_are_opened_with_standard_output_closed_too(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with opening():
+        print("nowhere")
+    assert sys.stdout is None
+
+
 def test_logs_warnings_and_prints_are_shown_as_text_while_files_are_opened_and_as_before_afterwards(capsys, caplog):
     log, warned = logging.getLogger("a library"), []
     factory, form = logging.getLogRecordFactory(), warnings.formatwarning
