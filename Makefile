@@ -8,7 +8,10 @@ PROFILE ?= mini
 PYTHON ?= python3
 TORCH_INDEX ?=
 BEYOND ?=
-export PROFILE PYTHON TORCH_INDEX  # recipes read them from the environment: whatever is in them, no shell runs it
+# Recipes read these from the environment: whatever is in them, neither make nor a shell runs it.
+GIVEN := PROFILE PYTHON TORCH_INDEX BEYOND $(filter DPO_%,$(.VARIABLES))
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
+export PROFILE PYTHON TORCH_INDEX
 BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
