@@ -19,7 +19,7 @@ PER_ROW = 256  # bytes that a row or a line takes besides its text
 _BLANK = object()
 # words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
 _TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
-_HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|held[-_. ]?out)(?![a-z])")
+_HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|h[eo]ld[-_. ]?out)(?![a-z])")
 _WAY_OUT = (
     "other kinds are neither unpacked, converted nor run: make a .jsonl file of it, with one object with 'chosen' and "
     "'rejected' texts a line"
@@ -102,9 +102,9 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
     """The files of a folder by what becomes of them, sorted by name: "train", "held out" or "ignored".
 
     A data file is held out where its name, or that of a folder in it, says test, validation or the like. Of the others
-    those named train are trained on, or all, where none is. What is no data file is ignored, hidden files are not
-    listed. Raises DataError where there is nothing to train on, or where a data file is a link to a place outside the
-    folder.
+    those named train are trained on, or all, where none is. What is no data file is ignored. What is hidden, or in a
+    folder that is (Jupyter's copies, macOS's notes), is not there, as for `datasets`. Raises DataError where there is
+    nothing to train on, or where a data file is a link to a place outside the folder.
     """
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # of the Hub's cache: made of links to ../../blobs
@@ -113,8 +113,10 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
     unnamed: list[Path] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix().lower()
+        if any(part.startswith((".", "__")) for part in name.split("/")):
+            continue
         if not name.endswith(SUFFIXES):
-            parts["ignored"] += [] if name.startswith(".") or "/." in name else [path]
+            parts["ignored"].append(path)
         elif not any(path.resolve().is_relative_to(root) for root in roots):
             raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")
         elif _HELD_OUT.search(name):

@@ -131,7 +131,7 @@ HELD_OUT = ["test", "testing", "eval", "evaluation", "validation", "valid", "dev
 
 @pytest.mark.parametrize(
     "name",
-    [f"{word}{more}" for word in (*HELD_OUT, "held_out", "held-out", "heldout") for more in (".jsonl", "/a.jsonl")]
+    [f"{word}{more}" for word in (*HELD_OUT, "held_out", "held-out", "heldout", "holdout", "hold_out") for more in (".jsonl", "/a.jsonl")]
     + ["pairs-dev.jsonl", "pairs_val_2.jsonl", "hh.valid.jsonl", "dev0.jsonl", "data/val-00000-of-00001.jsonl",
        "my dev set.jsonl", "DEV.jsonl", "sub/dev/train.jsonl", "test-train.jsonl", "a/Validation_1/b/c.jsonl"],
 )  # fmt: skip
@@ -180,6 +180,19 @@ def test_beside_a_file_named_train_those_without_a_split_are_ignored_as_in_hh_rl
     assert set(data_identity(load_settings("mini", dataset=str(folder)))["sha256"]) == {
         "harmless-base/test.jsonl.gz", "red-team-attempts/red_team_attempts.jsonl.gz",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [".ipynb_checkpoints/train-checkpoint.jsonl", "._train.jsonl", "__MACOSX/train.jsonl", "a/.b/c/train.jsonl"]
+)
+def test_what_is_hidden_is_no_data(folder, capsys, name):
+    """Jupyter's copy of a file, macOS's notes on one: what `datasets` does not see either."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("no rows")
+    assert load(folder).train
+    assert capsys.readouterr().out == (
+        "files of hh: train: harmless-base/train.jsonl.gz; held out: harmless-base/test.jsonl.gz; ignored: none\n"
+    )
 
 
 def test_of_many_files_eight_are_named(tmp_path, capsys):

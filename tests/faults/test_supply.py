@@ -233,7 +233,15 @@ def test_every_install_takes_the_pins_and_torch_alone_comes_from_another_index(m
     ]
 
 
-HOSTILE = ["x; touch ran", "x & touch ran", '"; touch ran; "', "'; touch ran; '", "`touch ran`", "$(touch ran)", "$(shell touch ran)"]
+HOSTILE = [
+    "x; touch ran",
+    "x & touch ran",
+    '"; touch ran; "',
+    "'; touch ran; '",
+    "`touch ran`",
+    "$(touch ran)",
+    "$(shell touch ran)",
+]
 
 
 @pytest.mark.parametrize("payload", HOSTILE)
