@@ -240,6 +240,13 @@ def test_the_shortest_length_can_be_checked():
     check_model(family("GPT2", **FAMILIES["GPT2"]), 2)
 
 
+def test_a_model_with_fewer_blocks_than_are_to_be_frozen_is_an_error_before_any_work(tmp_path):
+    settings = limited(tmp_path, n_layer=6)
+    with pytest.raises(SettingsError, match=r"freeze_layers is 8, but the model .* has 6 blocks"):
+        get_data(settings)
+    assert not (settings.run_dir / "data").exists()
+
+
 def test_limits_are_looked_at_again_although_the_data_is_there(tmp_path):
     small = {"max_pairs": 20, "held_out_pairs": 10, "runs_dir": str(tmp_path / "runs")}
     get_data(load_settings("mini", **small))

@@ -117,7 +117,7 @@ def test_output_that_is_refused_ends_no_run(tmp_path, monkeypatch, where):
         (["dpo", "--beta", "strong"], "error: beta is 'strong', but must be of the form float"),
         (["dpo", "--device", "cuda"], "error: device is 'cuda', but torch sees no CUDA GPU"),
         (["dpo", "--freeze-layers", "13", "--max-pairs", "16", "--held-out-pairs", "8"],
-         "error: freeze_layers is 13, but the model has 12 blocks"),
+         "error: freeze_layers is 13, but the model 'embedded' has 12 blocks"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, message):

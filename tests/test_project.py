@@ -193,7 +193,7 @@ ERRORS = {
     "type": ({"freeze_layers": "10"}, r"freeze_layers is '10', but must be of type int"),
     "bool": ({"epochs": True}, r"epochs is True, but must be of type int"),
     "value": ({"loss_type": "dpo"}, r"loss_type is 'dpo', but must be one of sigmoid, ipo, hinge, robust"),
-    "blocks": ({"freeze_layers": 13}, r"freeze_layers is 13, but the model has 12 blocks"),
+    "blocks": ({"freeze_layers": 13}, r"freeze_layers is 13, but the model 'embedded' has 12 blocks"),
 }  # fmt: skip
 
 

@@ -21,22 +21,28 @@ LAST_DIGITS = 1e-6  # of a log-probability itself: where all tokens are almost a
 
 
 def check_limits(config: Any, tokenizer: Any, settings: Settings) -> None:
-    """ModelError unless the model knows every id of its tokenizer, SettingsError where it reads too few tokens.
+    """ModelError unless the model knows its tokenizer's ids, SettingsError where it has too few tokens or blocks.
 
     config: the model's. Special tokens count where the course writes them: text never becomes one.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = {*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, *start_ids(tokenizer)}
-    known, limit = config.get_text_config().vocab_size, getattr(config, "max_position_embeddings", None)
-    if max(ids) >= known:
+    text = config.get_text_config()
+    if max(ids) >= text.vocab_size:
         raise ModelError(
-            f"the tokenizer of {settings.model!r} has ids up to {max(ids)}, but the model knows {known} tokens: "
-            "take the tokenizer that belongs to it"
+            f"the tokenizer of {settings.model!r} has ids up to {max(ids)}, but the model knows {text.vocab_size} "
+            "tokens: take the tokenizer that belongs to it"
         )
     sampled = settings.max_prompt_length + settings.max_new_tokens
-    for name, wanted in (("max_length", settings.max_length), ("max_prompt_length + max_new_tokens", sampled)):
-        if limit and wanted > limit:
-            raise SettingsError(f"{name} is {wanted}, but the model {settings.model!r} reads {limit} tokens at most")
+    reads, has = "reads {} tokens at most", "has {} blocks"
+    for name, wanted, limit, most in (
+        ("max_length", settings.max_length, "max_position_embeddings", reads),
+        ("max_prompt_length + max_new_tokens", sampled, "max_position_embeddings", reads),
+        ("freeze_layers", settings.freeze_layers, "num_hidden_layers", has),
+    ):
+        allowed = getattr(text, limit, None)
+        if allowed and wanted > allowed:
+            raise SettingsError(f"{name} is {wanted}, but the model {settings.model!r} {most.format(allowed)}")
 
 
 @torch.no_grad()
