@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -130,6 +131,25 @@ def test_save_and_reopen(gpt2, tokenizer, tmp_path):
     settings = load_settings("mini", model=str(tmp_path / "m"))
     assert load_tokenizer(settings).encode("Human: Hi") == tokenizer.encode("Human: Hi")
     assert model_identity(settings)["name"] == "m"
+
+
+def test_an_index_that_takes_a_tensor_from_another_file_makes_another_model(gpt2, tokenizer, tmp_path):
+    """Both files are there before and after: only the index changes."""
+    gpt2.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "m")
+    index = tmp_path / "m/model.safetensors.index.json"
+    text = index.read_text()
+    first = sorted((tmp_path / "m").glob("*.safetensors"))[0].name
+    tensors = load_file(tmp_path / "m" / first)
+    save_file({name: t + 1 for name, t in tensors.items()}, tmp_path / "m/other.safetensors", {"format": "pt"})
+    found = []
+    for content in (text, text.replace(first, "other.safetensors")):
+        index.write_text(content)
+        settings = load_settings("mini", model=str(tmp_path / "m"))
+        found.append((model_identity(settings), weights_hash(load_model(settings))))
+    (identity, weights), (other_identity, other_weights) = found
+    assert weights != other_weights
+    assert identity != other_identity
 
 
 def test_a_folder_without_weights(tmp_path):

@@ -210,7 +210,8 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     source, weights = source_of(settings, "model"), list[Path]()
     if source.kind == "folder":
         _check_folder(source.path)
-        weights = sorted([*source.path.glob("*.safetensors"), *source.path.glob("config.json")])
+        # an index says which of the files a tensor is taken from
+        weights = sorted(file for name in ("*.safetensors", "config.json", INDEX) for file in source.path.glob(name))
     return source.identity(weights)
 
 
