@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..settings import Settings
 from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
-from .rows import Unreadable, data_files, read_rows
+from .rows import HELD_OUT, Unreadable, data_files, read_rows
 from .sources import SUFFIXES, Source, fetched, first_line, opening, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
@@ -131,9 +132,15 @@ def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None
         raise DataError(
             f"cannot read data set {source.name!r} ({first_line(error)}); give --dataset a folder with the files of one"
         ) from error
-    if "train" not in parts:
+    held_out = [name for name in parts if HELD_OUT.search(name.lower())]
+    others = [name for name in parts if name not in held_out]
+    train = "train" if "train" in others else others[0] if len(others) == 1 else None
+    if train is None:
         raise DataError(f"data set {source.name!r} has no 'train' split: it has {', '.join(parts)}")
-    return parts["train"], next((parts[name] for name in ("test", "validation") if name in parts), None)
+    ignored = ", ".join(name for name in others if name != train) or "none"
+    said = f"train: {train}; held out: {', '.join(held_out) or 'none'}; ignored: {ignored}"
+    print(one_line(f"splits of {source.name}: {said}"))
+    return parts[train], chain(*(parts[name] for name in held_out)) if held_out else None
 
 
 def _load(source: Source, settings: Settings) -> tuple[Iterable[object], Iterable[object] | None]:

@@ -19,7 +19,7 @@ PER_ROW = 256  # bytes that a row or a line takes besides its text
 _BLANK = object()
 # words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
 _TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
-_HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|h[eo]ld[-_. ]?out)(?![a-z])")
+HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|h[eo]ld[-_. ]?out)(?![a-z])")
 _WAY_OUT = (
     "other kinds are neither unpacked, converted nor run: make a .jsonl file of it, with one object with 'chosen' and "
     "'rejected' texts a line"
@@ -119,7 +119,7 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
             parts["ignored"].append(path)
         elif not any(path.resolve().is_relative_to(root) for root in roots):
             raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")
-        elif _HELD_OUT.search(name):
+        elif HELD_OUT.search(name):
             parts["held out"].append(path)
         else:
             (parts["train"] if _TRAIN.search(name) else unnamed).append(path)
