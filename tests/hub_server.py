@@ -13,13 +13,15 @@ class HubHandler(BaseHTTPRequestHandler):
     """repos: {("models" | "datasets", name): (commit, folder)}; log: the paths that were asked for.
 
     damaged: names of files that arrive with one bit flipped, under the ETag of what they should be; stalls: a part of a
-    path on which nothing is answered, or after "body:" only the first half of the body.
+    path on which nothing is answered, or after "body:" only the first half of the body; later: headers of "too many
+    requests", which is all that is answered.
     """
 
     repos: dict[tuple[str, str], tuple[str, Path]] = {}
     log: list[str] = []
     damaged: set[str] = set()
     stalls: str | None = None
+    later: dict[str, str] | None = None
 
     def log_message(self, *args):
         pass
@@ -46,6 +48,8 @@ class HubHandler(BaseHTTPRequestHandler):
         self.log.append(f"{self.command} {path}")
         if self.stalls and self.stalls in path:
             time.sleep(60)
+        if self.later:
+            return self._reply(429, headers=self.later)
         for (kind, name), (commit, folder) in self.repos.items():
             files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
             api = f"/api/{kind}/{name}"

@@ -250,6 +250,28 @@ def test_a_hub_that_falls_silent_later_is_given_up_too(tmp_path, hub, what, stal
     assert "(it sent nothing for 1 seconds)" in impatient(tmp_path, hub.server_port, what, "pinned")
 
 
+BUSY = """
+import sys, time
+from huggingface_hub.utils import http_backoff
+from dpo_helpers.run.sources import _asking
+started = time.monotonic()
+try:
+    with _asking("model", "a/b"):
+        http_backoff("GET", sys.argv[1], max_retries=1, base_wait_time=0.1).raise_for_status()
+except Exception as error:
+    print("429" in str(error), time.monotonic() - started < 20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("header", [{"Retry-After": "40"}, {"RateLimit": '"api";r=0;t=40'}])
+def test_a_hub_that_asks_to_wait_is_not_waited_for(tmp_path, hub, header):
+    """40 seconds here, an hour as well: the library sleeps as long as it is told."""
+    hub.RequestHandlerClass.later = header
+    result = run(tmp_path, BUSY, f"http://127.0.0.1:{hub.server_port}/api/models/a/b")
+    assert result.stdout.split("\n")[-2] == "True True", result.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_a_model_without_a_commit_is_looked_up_once_and_the_commit_is_known(tmp_path, hub):
     result = run(tmp_path, LOOKED_UP, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")

@@ -175,6 +175,8 @@ def _asking(what: str, name: str) -> Iterator[None]:
     def _refused(response: Any) -> None:  # an answer too: "later", for example
         if response.status_code >= 400:
             asked.pop(_key(response.request), None)
+            for wish in ("retry-after", "ratelimit"):  # the library would sleep as long as it says: hours, if it likes
+                response.headers.pop(wish, None)
 
     hooks, logger = get_session().event_hooks, logging.getLogger("huggingface_hub")
     level = logger.level
