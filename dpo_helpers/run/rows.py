@@ -53,15 +53,19 @@ def read_rows(*paths: Path) -> Iterator[object]:
                     size, sum(map(getsizeof, texts))
                 )  # one rare letter makes a text four times as big
                 if taken > MAX_UNPACKED:
-                    raise DataError(
-                        f"{path}: with this file the rows unpack to more than {MAX_UNPACKED} bytes; is it a data set? "
-                        "If so, give --dataset a part of it"
-                    )
+                    raise _too_much(path)
                 if row is not _BLANK:
                     yield row
         except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:  # of a damaged file, or of the disk
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"{path} cannot be read: {first}; get the file again") from error
+
+
+def _too_much(path: Path) -> DataError:
+    return DataError(
+        f"{path}: with this file the rows unpack to more than {MAX_UNPACKED} bytes; is it a data set? If so, give "
+        "--dataset a part of it"
+    )
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -88,10 +92,16 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
 
     try:  # opened here: pyarrow and datasets take a path for a pattern of paths
         with path.open("rb") as stream:
-            batches = ParquetFile(stream).iter_batches(1, columns=["chosen", "rejected"], use_threads=False)
+            file, columns = ParquetFile(stream), ["chosen", "rejected"]
+            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            parts = (group.column(i) for group in groups for i in range(group.num_columns))
+            # a page is unpacked as a whole, and one may hold all rows: what the file says of itself comes first
+            if sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns) > MAX_UNPACKED:
+                raise _too_much(path)
+            batches = file.iter_batches(1, columns=columns, use_threads=False)
             for number, batch in enumerate(batches):
-                columns = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
-                if (size := sum(column.nbytes for column in columns)) > MAX_ROW:
+                texts = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
+                if (size := sum(text.nbytes for text in texts)) > MAX_ROW:
                     raise DataError(f"{path}: row {number} is longer than {MAX_ROW} bytes; is it a dialogue?")
                 yield size, batch.to_pylist()[0]
     except pyarrow.ArrowException as error:

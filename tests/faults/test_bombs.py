@@ -96,6 +96,22 @@ def test_a_parquet_file_that_repeats_a_text_of_16_mb(tmp_path, is_told):
     assert read(path, 600) == f"DataError: {path}: row 0 is longer than 4194304 bytes; is it a dialogue?"
 
 
+def test_a_parquet_file_whose_rows_are_all_in_one_page(tmp_path):
+    """A page is unpacked as a whole: 60 rows of 2 MB in a few kB, none of them too long by itself."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    rows = [dialogue(n, "a" * 2_000_000) for n in range(60)]
+    write_table(
+        pa.Table.from_pylist(rows), tmp_path / "d.parquet", compression="zstd", use_dictionary=False,
+        data_page_size=2**30, write_batch_size=60,
+    )  # fmt: skip
+    assert (tmp_path / "d.parquet").stat().st_size < 100_000
+    assert "d.parquet: with this file the rows unpack to more than 67108864 bytes; is it a data set?" in read(
+        tmp_path / "d.parquet", 100, MAX_UNPACKED=64 * MIB
+    )
+
+
 def test_a_parquet_file_that_repeats_a_text_which_is_not_too_long_by_itself(tmp_path):
     path = parquet(tmp_path / "x.parquet", "a" * MIB, 2000)
     said = read(path, 600, MAX_UNPACKED=200 * MIB)
