@@ -67,9 +67,8 @@ def sample(
 ) -> list[Response]:
     """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
 
-    Prompts longer than `max_prompt_length` tokens keep their last ones, as in training. Prompts of like length
-    share a batch, padded on the left. Runs transformers' `generate` with its cache, but without the model's own
-    defaults (bans, penalties, forced tokens, …), which `generate` adds to any configuration that it is given.
+    Longer prompts than `max_prompt_length` tokens keep their last ones. Prompts of like length share a batch, padded on
+    the left. `generate` adds the model's own defaults (bans, penalties, …) to any configuration: it is given none.
     """
     eos = tokenizer.eos_token_id
     plain = copy(model)  # the same weights

@@ -1,8 +1,7 @@
 """From text to tensors: token ids of pairs, truncation, padding, masks, and the order of the batches.
 
 Prompt and response are tokenised so that no token spans the boundary. Exactly one end-of-text token follows a
-response that was not truncated, and it is supervised. GPT-2 pads with the same id, so masks go by position and never
-by id.
+response that was not truncated, and it is supervised. GPT-2 pads with the same id, so masks go by position, not by id.
 """
 
 from __future__ import annotations
@@ -69,6 +68,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()  # its file keeps both as they were in the last call before it was saved
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):  # of BPE merges, while another model was trained
+            backend.model.dropout = None
         backend.encode_special_tokens = True
         return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
     return [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
