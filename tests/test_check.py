@@ -263,6 +263,23 @@ def test_a_tokenizer_with_more_ids_than_the_model_knows_is_an_error_before_any_w
         get_data(settings)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "Cannot parse precompiled_charsmap"),
+        ({"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                    "max_input_chars_per_word": 100, "vocab": {"<|endoftext|>": 0}}}, r"Missing \[UNK\] token"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_panics_or_fails_with_the_first_text_is_one_error(tmp_path, change, said):
+    """The library's panic is no Exception: it passed every handler, to a raw traceback."""
+    settings = limited(tmp_path)
+    path = tmp_path / "model/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=f"cannot load the tokenizer of .*{said}"):
+        load_tokenizer(settings)
+
+
 def test_a_special_token_that_no_text_becomes_may_lie_beyond_the_vocabulary(tmp_path):
     settings = load_settings("mini")
     tokenizer = load_tokenizer(settings)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..settings import Settings
+from ..tokens import start_ids
 from .sources import UNSAFE, Source, fetched, first_line, opening, source_of
 
 INDEX = "model.safetensors.index.json"
@@ -161,7 +162,10 @@ def load_tokenizer(settings: Settings) -> Any:
     with _location(source_of(settings, "model")) as where:
         try:  # a local folder: there is no revision
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-        except Exception as error:
+            start_ids(tokenizer)  # some faults show with the first text
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(

@@ -147,7 +147,7 @@ def _commit(what: str, name: str, revision: str | None) -> str:
     return str(info.sha)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, on one line."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
