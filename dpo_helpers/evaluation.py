@@ -16,8 +16,8 @@ from tqdm import tqdm
 from .device import Compute
 from .errors import TrainingError
 from .generation import Response
-from .logprobs import PairScores, Scorer, token_logprobs
-from .tokens import EncodedPair, by_length, collate, encode_prompts
+from .logprobs import PairScores, Scorer, log_softmax
+from .tokens import EncodedPair, by_length
 from .training import DPOObjective
 from .uncertainty import mean_and_error
 
@@ -87,15 +87,12 @@ def preference_metrics(
     return metrics
 
 
-def exact_token_kl(policy_logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """KL(policy ‖ reference) of the next token, exactly, over the full vocabulary. [N, T, V] each -> [N, T].
+def exact_token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(policy ‖ reference) of the next token, exactly: log-probabilities of the whole vocabulary, [..., V] -> [...].
 
-    In float32 (float64 stays float64). Never negative but for rounding, which is clamped at 0.
+    Never negative but for rounding, which is clamped at 0.
     """
-    dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
-    p = policy_logits.to(dtype).log_softmax(dim=-1)
-    q = reference_logits.to(dtype).log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1).clamp_min(0.0)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
 
 
 def sequence_kl(
@@ -110,40 +107,8 @@ def sequence_kl(
     "k3": sum over tokens of (q/p - 1) - log(q/p): never negative (Schulman 2020, "Approximating KL divergence").
     """
     mask = response_mask[:, 1:]
-    exact = exact_token_kl(policy_logits[:, :-1], reference_logits[:, :-1])  # [N, T-1]
-    log_ratio = token_logprobs(policy_logits, ids) - token_logprobs(reference_logits, ids)
-    k3 = (-log_ratio).expm1() + log_ratio
-    return {name: (value * mask).sum(dim=-1) for name, value in (("kl", exact), ("k1", log_ratio), ("k3", k3))}
-
-
-@torch.no_grad()
-def response_kls(
-    policy: Any,
-    reference: Any,
-    tokenizer: Any,
-    responses: Sequence[Response],
-    compute: Compute,
-    *,
-    max_prompt_length: int,
-    batch_size: int = 16,
-) -> dict[str, Tensor]:
-    """The estimates of `sequence_kl` for each sampled response, [N] each, in their order.
-
-    A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that length.
-    """
-    prompts = encode_prompts(tokenizer, [response.prompt for response in responses], max_prompt_length)
-    rows = [EncodedPair(prompt, r.ids, r.ids) for prompt, r in zip(prompts, responses, strict=True)]
-    order = by_length(rows)
-    estimates = {key: torch.empty(len(rows)) for key in ("kl", "k1", "k3")}
-    for start in range(0, len(rows), batch_size):
-        at = order[start : start + batch_size]
-        batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(compute.device)
-        # chosen and rejected hold the same response here: the first half is enough
-        ids, mask, response = (t[: len(at)] for t in (batch.ids, batch.attention_mask, batch.response_mask))
-        first = int(response.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token
-        run = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": ids.shape[1] - first, "use_cache": False}
-        with compute.autocast():
-            logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
-        for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
-            estimates[key][at] = value.float().cpu()
-    return estimates
+    log_p, log_q = (log_softmax(logits[:, :-1][mask]) for logits in (policy_logits, reference_logits))  # [M, V] each
+    log_ratio = (log_p - log_q).gather(-1, ids[:, 1:][mask][:, None]).squeeze(-1)  # [M]
+    each = {"kl": exact_token_kl(log_p, log_q), "k1": log_ratio, "k3": (-log_ratio).expm1() + log_ratio}
+    nothing = torch.zeros(mask.shape, dtype=log_ratio.dtype, device=mask.device)
+    return {name: nothing.masked_scatter(mask, values).sum(dim=-1) for name, values in each.items()}

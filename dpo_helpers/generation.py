@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache
 
 from .device import Compute
 from .tokens import encode_prompts
@@ -26,23 +26,20 @@ class Response:
     ended: bool
 
 
-class _InverseTransform(LogitsProcessor):  # type: ignore[misc]
-    """Turns greedy decoding into sampling: keeps only the token at which the cumulative probability passes u.
+def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """One token per row by inverse transform: the first at which the cumulative probability passes u.
 
-    uniforms: [N, steps], one number in [0, 1) per row and step, fixed beforehand. So a row's sample does not
-    depend on the rows beside it, and two models that see the same u differ only where their distributions do.
+    logits: [N, V]; uniforms: [N] float64 in [0, 1), fixed beforehand, so that a row's sample does not depend on the
+    rows beside it, and two models that see the same u differ only where their distributions do. Returns [N] int64.
+    Temperature 0 takes the likeliest token.
     """
-
-    def __init__(self, uniforms: Tensor, temperature: float):
-        self.uniforms, self.temperature, self.step = uniforms, temperature, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wide = scores.cpu() if scores.device.type == "mps" else scores  # mps has no float64
-        cumulative = (wide.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # [N, V]
-        u = self.uniforms[:, self.step, None].to(cumulative) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1).to(scores.device)
-        self.step += 1
-        return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p = (logits.float() / temperature).softmax(dim=-1)
+    at = torch.device("cpu") if p.device.type == "mps" else p.device  # mps has no float64
+    cumulative = p.to(at).cumsum(dim=-1, dtype=torch.float64)  # [N, V]
+    u = uniforms.to(at)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, u, right=True).clamp_max(p.shape[-1] - 1).squeeze(-1).to(p.device)
 
 
 def row_uniforms(index: int, steps: int, seed: int) -> Tensor:
@@ -67,30 +64,53 @@ def sample(
 ) -> list[Response]:
     """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
 
-    Longer prompts than `max_prompt_length` tokens keep their last ones. Prompts of like length share a batch, padded on
-    the left. `generate` adds the model's own defaults (bans, penalties, …) to any configuration: it is given none.
+    Longer prompts than `max_prompt_length` tokens keep their last ones. Prompts of like length share a batch. A model's
+    own defaults of generation (bans, penalties, forced tokens, …) are not asked for.
     """
     eos = tokenizer.eos_token_id
-    plain = copy(model)  # the same weights
-    plain.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=eos
-    )
     encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     responses: dict[int, Response] = {}
-    for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch"):
+    for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch", disable=None):
         at = by_length[start : start + batch_size]
-        length = max(len(encoded[i]) for i in at)
-        ids = torch.tensor([[eos] * (length - len(encoded[i])) + encoded[i] for i in at])
-        mask = torch.tensor([[0] * (length - len(encoded[i])) + [1] * len(encoded[i]) for i in at])
-        uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at])
-        processors = LogitsProcessorList([_InverseTransform(uniforms, temperature)] if temperature > 0 else [])
+        uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at]).to(model.device)
         with compute.autocast():
-            out = plain.generate(
-                ids.to(compute.device), attention_mask=mask.to(compute.device), logits_processor=processors
-            )
-        for i, row in zip(at, out[:, length:].tolist(), strict=True):
+            drawn = continued(model, [encoded[i] for i in at], uniforms, eos, temperature)
+        for i, row in zip(at, drawn.tolist(), strict=True):
             ended = eos in row
             row = row[: row.index(eos) + 1] if ended else row
             responses[i] = Response(prompts[i], row, tokenizer.decode(row[:-1] if ended else row), ended)
     return [responses[i] for i in range(len(prompts))]
+
+
+def continued(
+    model: Any, prompts: Sequence[list[int]], uniforms: Tensor, eos: int, temperature: float, seen: Any = None
+) -> Tensor:
+    """What the model draws after each of N prompts, [N, steps]; eos fills up what ended. uniforms: [N, steps].
+
+    The keys and values of what was read are kept. A prompt that comes several times is run once, and a row that ended
+    leaves the batch. seen: a list that gets the logits of each step, of the rows that were left, [n, V].
+    """
+    different = list(dict.fromkeys(map(tuple, prompts)))  # U prompts of at most T tokens, padded on the left
+    length = max(map(len, different))
+    ids = torch.tensor([[0] * (length - len(p)) + list(p) for p in different], device=uniforms.device)  # [U, T]
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in different], device=uniforms.device)
+    kept = torch.tensor([different.index(tuple(p)) for p in prompts], device=uniforms.device)  # rows that go on, [n]
+    row = torch.arange(len(prompts), device=uniforms.device)  # which of the N they are, [n]
+    drawn = torch.full(uniforms.shape, eos, device=uniforms.device)
+    run = {"past_key_values": DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+    for step in range(uniforms.shape[1]):
+        positions = (mask.cumsum(dim=-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **run).logits[kept, -1]  # [n, V]
+        if seen is not None:
+            seen.append(logits)
+        drawn[row, step] = token = draw(logits, uniforms[row, step], temperature)  # [n]
+        goes_on = token != eos
+        kept, row, token = kept[goes_on], row[goes_on], token[goes_on]
+        if not len(row):
+            break
+        if step == 0 or len(row) < len(mask):
+            run["past_key_values"].reorder_cache(kept)
+            mask = mask[kept]
+        ids, mask, kept = token[:, None], pad(mask, (0, 1), value=1), torch.arange(len(row), device=row.device)
+    return drawn

@@ -14,16 +14,18 @@ from .tokens import EncodedPair, PairBatch, collate
 BOTH = ("chosen", "rejected")
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """log p of every token, [..., V], in float32 (float64 stays) whatever the model's precision: 16 bits lose some."""
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """log p(token t | tokens before t), for t = 1 … T-1.
 
-    logits: [N, T, V], any float dtype; ids: [N, T]. Returns [N, T-1] in float32 (float64 stays float64).
+    logits: [N, T, V], any float dtype; ids: [N, T]. Returns [N, T-1], in the dtype of `log_softmax`.
     The logits at position t predict the token at t + 1, so both are shifted by one against each other.
-    The log-softmax runs in float32 whatever the precision of the model: in 16 bits it loses the small ones.
     """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    log_p = logits[:, :-1].log_softmax(dim=-1)  # [N, T-1, V]
+    log_p = log_softmax(logits[:, :-1])  # [N, T-1, V]
     return log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 

@@ -7,12 +7,12 @@ import torch
 
 from conftest import tiny_gpt2
 from dpo_helpers.errors import DataError, TrainingError
-from dpo_helpers.evaluation import pair_values, preference_metrics, response_kls, score_pairs
+from dpo_helpers.evaluation import pair_values, preference_metrics, score_pairs
 from dpo_helpers.generation import Response, sample
 from dpo_helpers.logprobs import PairScores, PlainScorer, pair_logprobs
 from dpo_helpers.run import measures
 from dpo_helpers.run.measures import longer_wins, token_logratios
-from dpo_helpers.run.sampled import sample_and_measure
+from dpo_helpers.run.sampled import response_kls, sample_and_measure
 from dpo_helpers.settings import load_settings
 from dpo_helpers.show.texts import text_measures
 from dpo_helpers.tokens import EncodedPair, collate

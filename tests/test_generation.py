@@ -1,13 +1,15 @@
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_check import FAMILIES, family
 from test_evaluation import Tokens
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from conftest import tiny_gpt2
-from dpo_helpers.generation import _InverseTransform, row_uniforms, sample
+from dpo_helpers.generation import draw, row_uniforms, sample
 from dpo_helpers.run.loading import load_model
 from dpo_helpers.settings import load_settings
 from dpo_helpers.show.texts import distinct_n, ends_in_a_loop, repeated_share
@@ -39,26 +41,54 @@ def model():
     return load_model(load_settings("mini"))
 
 
-def test_inverse_transform_literals():
+def test_a_draw_by_hand():
     """p = (1/8, 2/8, 5/8), cumulated 1/8, 3/8, 1: u picks the first cumulated value above it."""
-    scores = torch.tensor([1.0, 2.0, 5.0]).log().repeat(4, 1)
-    uniforms = torch.tensor([[0.0], [0.13], [0.38], [0.999]], dtype=torch.float64)
-    picked = _InverseTransform(uniforms, 1.0)(torch.zeros(4, 0), scores).argmax(dim=-1)
-    assert picked.tolist() == [0, 1, 2, 2]
+    logits = torch.tensor([1.0, 2.0, 5.0]).log().repeat(4, 1)
+    assert draw(logits, torch.tensor([0.0, 0.13, 0.38, 0.999], dtype=torch.float64)).tolist() == [0, 1, 2, 2]
 
 
 def test_temperature_sharpens():
-    """Temperature 1/2 squares the probabilities: (1, 4, 25)/30, cumulated 0.033, 0.167, 1."""
-    scores = torch.tensor([[1.0, 2.0, 5.0]]).log().repeat(2, 1)
-    uniforms = torch.tensor([[0.16], [0.17]], dtype=torch.float64)
-    assert _InverseTransform(uniforms, 0.5)(torch.zeros(2, 0), scores).argmax(dim=-1).tolist() == [1, 2]
+    """Temperature 1/2 squares the probabilities: (1, 4, 25)/30, cumulated 0.033, 0.167, 1; at 0 the largest is taken."""
+    logits, u = torch.tensor([[1.0, 2.0, 5.0]]).log().repeat(2, 1), torch.tensor([0.16, 0.17], dtype=torch.float64)
+    assert draw(logits, u, 0.5).tolist() == [1, 2]
+    assert draw(logits, u, 0.0).tolist() == [2, 2]
 
 
-def test_a_token_without_probability_is_never_picked():
-    scores = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     for u in (0.0, 0.5, 1 - 1e-16):
-        uniforms = torch.tensor([[u]], dtype=torch.float64)
-        assert _InverseTransform(uniforms, 1.0)(torch.zeros(1, 0), scores).argmax().item() == 1
+        assert draw(logits, torch.tensor([u], dtype=torch.float64)).item() == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_likeliest_tokens_are_those_of_generate(cpu, monkeypatch, name):
+    """Prompts of other lengths, one of them twice; rows end at other times and leave."""
+    model, ids = family(name, **FAMILIES[name]), {"a": [7, 8, 9], "b": [10, 11, 12, 13, 14, 15, 16], "c": [17]}
+    monkeypatch.setattr("dpo_helpers.generation.encode_prompts", lambda _, prompts, most: [ids[p] for p in prompts])
+    prompts, length = ["a", "b", "c", "a"], 7
+    eos = model.generate(torch.tensor([ids["c"]]), max_new_tokens=4, do_sample=False)[0, -1].item()  # soon comes
+    padded = torch.tensor([[eos] * (length - len(ids[p])) + ids[p] for p in prompts])
+    mask = torch.tensor([[0] * (length - len(ids[p])) + [1] * len(ids[p]) for p in prompts])
+    plain = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+    expected = model.generate(padded, attention_mask=mask, generation_config=plain)[:, length:].tolist()
+    expected = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
+    tokens = SimpleNamespace(eos_token_id=eos, decode=str)
+    for batch_size in (1, 3, 4):
+        found = sample(model, tokens, prompts, max_new_tokens=12, compute=cpu, temperature=0.0, batch_size=batch_size)
+        assert [r.ids for r in found] == expected
+
+
+def test_a_prompt_that_comes_several_times_is_run_once(cpu):
+    """Five samples of one prompt and three of another: the first pass has two rows."""
+    model, rows = tiny_gpt2(vocab=27), []
+    model.register_forward_pre_hook(lambda _, args, run: rows.append(len(run["input_ids"])), with_kwargs=True)
+    found = sample(model, Tokens(), ["ab"] * 5 + ["cde"] * 3, max_new_tokens=6, compute=cpu)
+    assert rows[0] == 2
+    assert max(rows[1:]) <= 8
+    assert len({tuple(r.ids) for r in found[:5]}) > 1, "each has numbers of its own"
+    alone = [sample(model, Tokens(), ["", *["ab"] * n], max_new_tokens=6, compute=cpu)[-1] for n in (1, 2)]
+    assert alone[0].ids == found[1].ids
+    assert alone[1].ids == found[2].ids
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from copy import copy
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers import GenerationConfig
 
 from ..errors import ModelError, SettingsError
+from ..generation import continued
 from ..settings import Settings
 from ..tokens import start_ids
 from .sources import first_line
@@ -105,12 +104,6 @@ def _check_reads(model: Any, length: int) -> None:
 
 def _sample(model: Any, ids: Tensor, short: int) -> tuple[Tensor, Tensor]:
     """Two tokens after the first row's first ones: their log-probabilities, [2, V], and the row with one of them."""
-    plain = copy(model)  # the same weights
-    plain.generation_config = GenerationConfig(
-        max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
-    ids, mask = ids.clone(), torch.ones_like(ids)
-    ids[0] = ids[0].roll(-short)  # the row itself is on the right now
-    mask[0, :-short] = 0
-    found = plain.generate(ids, attention_mask=mask)
-    return torch.stack(found.logits)[:, 0].float().log_softmax(dim=-1), found.sequences[:1, -short - 2 : -1]
+    prompts, seen = [ids[0, :short].tolist(), ids[1].tolist()], list[Tensor]()
+    drawn = continued(model, prompts, torch.zeros(2, 2, device=model.device), eos=-1, temperature=0, seen=seen)
+    return torch.stack(seen)[:, 0].float().log_softmax(dim=-1), torch.cat([ids[:1, :short], drawn[:1, :1]], dim=1)

@@ -10,11 +10,13 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from ..device import Compute
 from ..errors import TrainingError
-from ..evaluation import response_kls
+from ..evaluation import sequence_kl
 from ..generation import Response, sample
 from ..settings import EMBEDDED, Settings
 from ..show.texts import text_measures
+from ..tokens import EncodedPair, by_length, collate, encode_prompts
 from ..uncertainty import mean_and_error
 from ..worlds import embedded
 from .machine import compute_of
@@ -75,3 +77,36 @@ def sample_and_measure(
         metrics["true_reward"], metrics["true_reward_se"] = mean_and_error(rewards)
         metrics["true_reward_sd"] = rewards.std().item()
     return Sampled(responses, kls, metrics)
+
+
+@torch.no_grad()
+def response_kls(
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    responses: Sequence[Response],
+    compute: Compute,
+    *,
+    max_prompt_length: int,
+    batch_size: int = 16,
+) -> dict[str, Tensor]:
+    """The estimates of `evaluation.sequence_kl` for each sampled response, [N] each, in their order.
+
+    A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that length.
+    """
+    prompts = encode_prompts(tokenizer, [response.prompt for response in responses], max_prompt_length)
+    rows = [EncodedPair(prompt, r.ids, r.ids) for prompt, r in zip(prompts, responses, strict=True)]
+    order = by_length(rows)
+    estimates = {key: torch.empty(len(rows)) for key in ("kl", "k1", "k3")}
+    for start in range(0, len(rows), batch_size):
+        at = order[start : start + batch_size]
+        batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(compute.device)
+        # chosen and rejected hold the same response here: the first half is enough
+        ids, mask, response = (t[: len(at)] for t in (batch.ids, batch.attention_mask, batch.response_mask))
+        first = int(response.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token
+        run = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": ids.shape[1] - first, "use_cache": False}
+        with compute.autocast():
+            logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
+        for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
+            estimates[key][at] = value.float().cpu()
+    return estimates
