@@ -98,6 +98,18 @@ def test_gpt2s_that_are_configured_otherwise(cpu, changes):
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("first_blocks", [0, 1])
+def test_the_rotation_is_computed_once_for_all_blocks(first_blocks):
+    """Once for the frozen blocks, once for the others; one token more is run to find what lies below them."""
+    model, lengths = tiny_llama(), []
+    freeze(model, first_blocks)
+    model.model.rotary_emb.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[-2]))
+    data = pairs()[:4]
+    FastScorer(model, data, first_blocks)(model, range(4))
+    tokens = sum(map(tokens_of, data))
+    assert [n for n in lengths if n > 1] == [tokens] * (1 + bool(first_blocks))
+
+
 SHAPES = {
     "a single pair": [(3, 2, 2)],
     "equal lengths": [(4, 3, 3)] * 4,

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from dpo_helpers.run.course import execute, join_prints, notebooks_in
+from dpo_helpers.run.course import _executed, execute, join_prints, notebooks_in
 
 NAMES = (
     "01_data", "02_reference", "03_sft", "04_dpo_loss_derivation", "05_dpo_training", "06_beta_sweep", "07_generations",
@@ -154,7 +154,7 @@ def test_a_killed_course_leaves_no_kernels_key_in_the_temporary_folder_and_the_n
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     (tmp_path / "temporary").mkdir()
     (tmp_path / "notebooks").mkdir()
-    key = tmp_path / "runs/mini.kernel/kernel.json"
+    key = tmp_path / "runs/mini.kernel/01_data.json"
 
     def course(cell):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
@@ -166,7 +166,7 @@ def test_a_killed_course_leaves_no_kernels_key_in_the_temporary_folder_and_the_n
     assert not [file.name for file in (tmp_path / "temporary").rglob("*.json")]
     assert "key" in json.loads(key.read_text())
     assert [path.stat().st_mode & 0o777 for path in (key, key.parent)] == [0o600, 0o700]
-    assert course("import os; assert os.path.exists('../runs/mini.kernel/kernel.json')") == 0
+    assert course("import os; assert os.path.exists('../runs/mini.kernel/01_data.json')") == 0
     assert not key.parent.exists()
     assert not [file.name for file in (tmp_path / "temporary").rglob("*.json")]
 
@@ -186,6 +186,43 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
     with pytest.raises(CourseError, match=r"bad\.ipynb, code cell 2: ValueError: no; see .*out\.ipynb"):
         execute(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "mini")
     assert (tmp_path / "out.ipynb").is_file(), "what was executed is kept to look at"
+
+
+def written(folder, **cells):
+    """A notebook of one cell for each name; returns where each goes."""
+    for name, cell in cells.items():
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(cell)],
+            metadata={"kernelspec": {"name": "python3", "display_name": "x"}},
+        )
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    return {folder / f"{name}.ipynb": folder / f"{name}.out.ipynb" for name in cells}
+
+
+WAIT = "import time\nfrom pathlib import Path\nPath('{}').touch()\nwhile not Path('{}').exists():\n    time.sleep(0.1)"
+
+
+@pytest.mark.slow
+def test_two_notebooks_run_side_by_side(tmp_path):
+    """Each waits for a file that the other one makes."""
+    targets = written(tmp_path, first=WAIT.format("a", "b"), second=WAIT.format("b", "a"), third="1")
+    done = dict(_executed(targets, "mini", None, side_by_side=2))
+    assert set(done) == set(targets)
+    assert all(target.is_file() for target in targets.values())
+
+
+@pytest.mark.slow
+def test_after_an_error_the_other_notebook_is_interrupted_and_no_more_begin(tmp_path):
+    """The second one would wait for ever; it ends at the first one's error, which is the one that is told."""
+    from dpo_helpers.errors import CourseError
+
+    bad = WAIT.format("a", "b") + "\nraise ValueError('no')"
+    targets = written(tmp_path, bad=bad, waits=WAIT.format("b", "never"), third="1")
+    with pytest.raises(CourseError, match=r"bad\.ipynb, code cell 1: ValueError: no"):
+        list(_executed(targets, "mini", None, side_by_side=2))
+    said = nbformat.read(tmp_path / "waits.out.ipynb", as_version=4).cells[0].outputs[0]
+    assert said.ename == "KeyboardInterrupt"
+    assert not (tmp_path / "third.out.ipynb").exists()
 
 
 def test_prints_that_follow_each_other_become_one_output_and_no_other_moves():

@@ -1,6 +1,7 @@
 """The loop: warm-up and RMSprop by literals, accumulation by equality, honesty by what must not change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +151,31 @@ def test_the_objective_by_hand(loss_type, smoothing, loss):
         "chosen_reward": [1.0, 1.5], "rejected_reward": [-0.5, 1.5], "reward_margin": [1.5, 0.0],
         "reward_accuracy": [1.0, 0.0],
     }  # fmt: skip
+
+
+def test_a_learned_pair_is_left_out_of_the_gradient():
+    """At β = 1 and a margin h the gradient is e^-h for a large h: 1.4e-29 at 66.4, 1.9e-31 at 70.7, against 1e-30."""
+    zeros, lengths = torch.zeros(3), torch.ones(3, dtype=torch.int64)
+    objective = DPOObjective(PairScores(zeros, zeros, lengths, lengths), 1.0)
+    chosen, rejected = torch.tensor([0.0, 66.4, 70.7], requires_grad=True), torch.zeros(3, requires_grad=True)
+    losses, _ = objective(range(3), chosen, rejected)
+    losses.sum().backward()
+    for gradient, sign in ((chosen.grad, -1), (rejected.grad, 1)):
+        assert gradient.tolist() == pytest.approx([sign * 0.5, sign * 1.454e-29, 0.0], rel=1e-3, abs=0.0)
+
+
+def test_leaving_them_out_changes_no_weight(cpu, monkeypatch):
+    """Half of the pairs are learned: the policy's rejected responses are 160 nats below the reference's, times β 0.5."""
+    data, scores = pairs(), scored(tiny_gpt2(), pairs(), cpu)
+    lead = torch.tensor([160.0, 0.0] * 5)
+    objective = DPOObjective(replace(scores, rejected=scores.rejected + lead), 0.5)
+    left_out, rows = run(cpu, objective, data)
+    monkeypatch.setattr(training, "LEARNED", 0.0)
+    kept, _ = run(cpu, objective, data)
+    assert weights_hash(left_out) == weights_hash(kept) != weights_hash(tiny_gpt2())
+    assert rows[0]["loss"] == pytest.approx(math.log(2) / 2, abs=0.2)
+    monkeypatch.setattr(training, "LEARNED", 1.0)
+    assert weights_hash(run(cpu, objective, data)[0]) != weights_hash(kept), "a larger bound would change them"
 
 
 def test_the_loop_is_the_one_that_is_said(cpu, monkeypatch):

@@ -26,7 +26,10 @@ class Architecture(Protocol):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads, [N, d]."""
 
-    def qkv(self, block: Any, x: Tensor, positions: Tensor) -> Tensor:
+    def turns(self, x: Tensor, positions: Tensor) -> Any:
+        """What `qkv` needs of the positions: the same for all blocks."""
+
+    def qkv(self, block: Any, x: Tensor, turns: Any) -> Tensor:
         """Queries, keys and values of a block, normed and turned to their positions, [N, heads + 2·kv_heads, d_h]."""
 
     def scale(self, block: Any) -> float:
@@ -54,7 +57,10 @@ class GPT2:
         """Token embedding + position embedding."""
         return self.model.wte(ids) + self.model.wpe(positions)  # type: ignore[no-any-return]
 
-    def qkv(self, block: Any, x: Tensor, positions: Tensor) -> Tensor:
+    def turns(self, x: Tensor, positions: Tensor) -> None:
+        """Nothing: positions are in x."""
+
+    def qkv(self, block: Any, x: Tensor, turns: None) -> Tensor:
         """One product makes all three."""
         return block.attn.c_attn(block.ln_1(x)).view(len(x), 3 * self.heads, -1)  # type: ignore[no-any-return]
 
@@ -83,7 +89,12 @@ class Llama:
         """Token embedding alone; positions enter in `qkv`."""
         return self.model.embed_tokens(ids)  # type: ignore[no-any-return]
 
-    def qkv(self, block: Any, x: Tensor, positions: Tensor) -> Tensor:
+    def turns(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotation, [N, d_h] each."""
+        cos, sin = self.model.rotary_emb(x, positions[None])  # [1, N, d_h] each
+        return cos[0], sin[0]
+
+    def qkv(self, block: Any, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         """Three products; queries and keys are rotated by their positions."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -92,8 +103,7 @@ class Llama:
             project(normed).view(len(x), -1, attention.head_dim)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        cos, sin = self.model.rotary_emb(x, positions[None])  # [1, N, d_h] each
-        q, k = apply_rotary_pos_emb(q, k, cos[0], sin[0])  # type: ignore[no-untyped-call]
+        q, k = apply_rotary_pos_emb(q, k, *turns)  # type: ignore[no-untyped-call]
         return torch.cat([q, k, v], dim=1)
 
     def scale(self, block: Any) -> float:

@@ -83,11 +83,8 @@ class FastScorer:
         self._require_frozen(model)
         batch = flatten([self.pairs[i] for i in at], chosen_only=chosen_only).to(self.device)
         x = self._trunk(parts, stack[: self.first_blocks], at, batch, chosen_only)  # [N, d]
-        rest = stack[self.first_blocks :]
-        for block in rest[:-1]:
-            x = run_block(parts, block, x, batch)
         # [M, d]: after the last attention nothing but the scored positions is read
-        x = run_block(parts, rest[-1], x, batch, only=batch.scored) if rest else x.index_select(0, batch.scored)
+        x = run_blocks(parts, stack[self.first_blocks :], x, batch, only=batch.scored)
         logps = head_logprobs(parts.norm(x), model.get_output_embeddings().weight, batch.targets)  # [M]
         if logps.is_cuda:  # there index_add adds in any order, and the same weights would not score the same twice
             mine = batch.side == torch.arange(2 * len(at), device=logps.device)[:, None]  # [2B, M]
@@ -129,21 +126,24 @@ class FastScorer:
             return {}
         pairs = [self.pairs[i] for i in at]
         batch = flatten(pairs).to(self.device)
-        x = parts.embed(batch.ids, batch.positions)
-        for block in frozen:
-            x = run_block(parts, block, x, batch)
+        x = run_blocks(parts, frozen, parts.embed(batch.ids, batch.positions), batch)
         return dict(zip(at, torch.split(x, list(map(tokens_of, pairs))), strict=True))
 
 
-def run_block(parts: Architecture, block: Any, x: Tensor, batch: FlatBatch, only: Tensor | None = None) -> Tensor:
-    """One transformer block over tokens without padding, [N, d] -> [N, d]; only: these positions [M] go on after
+def run_blocks(
+    parts: Architecture, stack: Sequence[Any], x: Tensor, batch: FlatBatch, only: Tensor | None = None
+) -> Tensor:
+    """Transformer blocks over tokens without padding, [N, d] -> [N, d]; only: these positions [M] go on after the last
     attention, [M, d].
     """
-    mixed = _attention(parts, parts.qkv(block, x, batch.positions), batch, parts.scale(block))
-    if only is not None:
-        x, mixed = x.index_select(0, only), mixed.index_select(0, only)
-    x = x + parts.output(block, mixed)
-    return x + parts.mlp(block, x)
+    turns = parts.turns(x, batch.positions)
+    for block in stack:
+        mixed = _attention(parts, parts.qkv(block, x, turns), batch, parts.scale(block))
+        if only is not None and block is stack[-1]:
+            x, mixed = x.index_select(0, only), mixed.index_select(0, only)
+        x = x + parts.output(block, mixed)
+        x = x + parts.mlp(block, x)
+    return x if stack or only is None else x.index_select(0, only)
 
 
 def _attention(parts: Architecture, qkv: Tensor, batch: FlatBatch, scale: float) -> Tensor:

@@ -32,7 +32,7 @@ from ..show.files import flush, refused, temporary_name, whole
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 _REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "EEXIST", "ENOTDIR", "ENAMETOOLONG")
 _DISK_ERRORS = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}  # not all on each system
-WAIT_SECONDS = 5  # for another process that holds a lock; making a small artefact takes no longer
+WAIT_SECONDS = float(os.environ.get("DPO_WAIT_SECONDS", "5"))  # for a process that holds a lock: a small artefact
 
 
 _HASHES: dict[tuple[int, ...], str] = {}  # of files as they were when they were read, by what changes with them
