@@ -21,7 +21,7 @@ import torch
 import typer
 
 from benchmarks.worker import ROWS, SWEEP
-from benchmarks.workload import Workload, draw_pairs
+from benchmarks.workload import SHAPES, Workload, draw_pairs
 
 RESULTS = Path(__file__).parent / "results"
 TUNED, DEFAULTS, OURS, OURS_SWEEP = "TRL tuned (b)", "TRL defaults (a)", "ours", "ours, sweep"
@@ -110,9 +110,11 @@ def ratios(rows: dict[str, dict[str, float]], runs: dict[str, list[dict[str, Any
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
+    shape = SHAPES[result["work"].get("model", "gpt2")]
     work, lines = result["work"], ["# DPO training, this course and TRL", ""]
     lines += [
-        f"GPT-2 124M architecture, seeded random weights, the first 8 of 12 blocks and the embeddings frozen; "
+        f"{shape.name} architecture, seeded random weights, the first {shape.frozen} of {shape.blocks} blocks and the "
+        f"embeddings frozen; "
         f"{work['pairs']} pairs of `{work['data']}`, {result['tokens']} (prompt + both responses, tokens); batch "
         f"{work['batch_size']}, {work['epochs']} epochs (TRL's timed over {result['trl_epochs']}), "
         f"{result['repeats']} alternating repeats; {work['precision']} on {result['machine']}; "
@@ -156,10 +158,11 @@ def main(
     seed: Annotated[int, typer.Option(help="of the draw and of the order")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    model: Annotated[str, typer.Option(help=f"whose shape: {' or '.join(SHAPES)}")] = "gpt2",
     name: Annotated[str, typer.Option(help="of the two files in benchmarks/results/")] = "dpo_vs_trl",
 ) -> None:
     """Measure, print one table, and write it as Markdown and JSON into benchmarks/results/."""
-    work = Workload(data, tokenizer, pairs, batch_size, epochs, seed, device, precision)
+    work = Workload(data, tokenizer, pairs, batch_size, epochs, seed, device, precision, model)
     chosen = [row.strip() for row in rows.split(";")]
     if OURS not in chosen or not set(chosen) <= set(ROWS):
         raise typer.BadParameter(f"rows are {'; '.join(ROWS)}, and {OURS!r} must be among them")

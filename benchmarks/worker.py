@@ -18,7 +18,6 @@ import torch
 
 from benchmarks.workload import (
     BETA,
-    FROZEN,
     Workload,
     batches,
     draw_pairs,
@@ -64,10 +63,10 @@ def timed(compute: Compute, what: Callable[[], Any]) -> tuple[Any, float]:
 def ours(work: Workload, pairs: Sequence[EncodedPair], betas: Sequence[float], *, fast: bool) -> Result:
     """This course: reference and frozen blocks in one pass, then training, for each β from the same start."""
     compute = compute_of(work)
-    model = make_model().to(compute.device)
+    model = make_model(work.shape).to(compute.device)
     warm_up(model, compute)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    scorer: Scorer = FastScorer(model, pairs, FROZEN) if fast else PlainScorer(pairs, pad_id=0)
+    scorer: Scorer = FastScorer(model, pairs, work.shape.frozen) if fast else PlainScorer(pairs, pad_id=0)
     scores, precompute = timed(compute, lambda: score_pairs(model, pairs, scorer, compute, batch_size=work.batch_size))
     rows: list[dict[str, Any]] = []
     seconds = 0.0
@@ -96,7 +95,7 @@ def trl(work: Workload, pairs: Sequence[EncodedPair], *, tuned: bool, grouped: b
 
     datasets.disable_progress_bars()
     compute = compute_of(work)
-    model, reference = make_model(), None if tuned else make_model()
+    model, reference = make_model(work.shape), None if tuned else make_model(work.shape)
     warm_up(model.to(compute.device), compute)
     marks: list[float] = []
 
@@ -177,7 +176,7 @@ def floors(work: Workload, pairs: Sequence[EncodedPair]) -> Result:
     compute = compute_of(work)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[work.precision]
     found = [
-        floor_seconds(batch, compute.device, dtype)
+        floor_seconds(batch, work.shape, compute.device, dtype)
         for batch in batches(pairs, epoch_order(len(pairs), work.seed, 0), work.batch_size)
     ]
     total = {key: sum(f[key] for f in found) for key in ("first_s", "later_s", "flop_first", "flop_later")}

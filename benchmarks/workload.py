@@ -20,8 +20,31 @@ from dpo_helpers.settings import load_settings
 from dpo_helpers.tokens import EncodedPair, encode_pairs
 from dpo_helpers.training import DPOObjective, MetricsRow, TrainPlan, train
 
-FROZEN = 8  # of 12 blocks, and the embeddings
 BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's blocks, how many of them are frozen (and the embeddings), and widths: of x, keys, and the MLP.
+
+    gates: how many products lead up into the MLP.
+    """
+
+    name: str
+    blocks: int
+    frozen: int
+    d: int
+    keys: int
+    hidden: int
+    gates: int
+
+
+VOCABULARY = 50257  # of both: the pairs are tokenised with GPT-2's tokenizer (SmolLM2's own has 49,152)
+SHAPES = {
+    "gpt2": Shape("GPT-2 124M", 12, 8, 768, 768, 3072, 1),
+    "smollm2": Shape("SmolLM2-135M", 30, 20, 576, 192, 1536, 2),
+}
+FROZEN = SHAPES["gpt2"].frozen
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,12 @@ class Workload:
     seed: int
     device: str
     precision: str
+    model: str = "gpt2"
+
+    @property
+    def shape(self) -> Shape:
+        """The model's."""
+        return SHAPES[self.model]
 
     def plan(self, epochs: int | None = None) -> TrainPlan:
         """RMSprop at a constant rate, clipped: what both sides run."""
@@ -46,13 +75,21 @@ class Workload:
         )  # fmt: skip
 
 
-def make_model() -> Any:
-    """GPT-2 124M with seeded random weights: its speed and memory do not depend on their values."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def make_model(shape: Shape = SHAPES["gpt2"]) -> Any:
+    """A model of this shape with seeded random weights: its speed and memory do not depend on their values."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
-    freeze(model, FROZEN)
+    if shape.gates == 1:
+        model = GPT2LMHeadModel(GPT2Config()).eval()
+    else:
+        heads = {"num_attention_heads": shape.d // 64, "num_key_value_heads": shape.keys // 64}
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=shape.d, intermediate_size=shape.hidden, num_hidden_layers=shape.blocks,
+            max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=50256, bos_token_id=50256, **heads,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).eval()
+    freeze(model, shape.frozen)
     return model
 
 
@@ -89,7 +126,7 @@ def draw_pairs(work: Workload) -> list[EncodedPair]:
     return drawn
 
 
-def products(pairs: Sequence[EncodedPair], blocks: int = 12, d: int = 768, vocabulary: int = 50257) -> dict[str, Any]:
+def products(pairs: Sequence[EncodedPair], shape: Shape = SHAPES["gpt2"]) -> dict[str, Any]:
     """The matrix products that one update on these pairs needs, as (m, k, n) with how often each is computed.
 
     "first": the frozen blocks once, and the trainable ones forward with half of the head, for the reference.
@@ -104,25 +141,28 @@ def products(pairs: Sequence[EncodedPair], blocks: int = 12, d: int = 768, vocab
     responses = sum((n - 1) * p + (n - 1) * n / 2 for p, side in zip(prompts, sides, strict=True) for n in side)
     visible = responses + sum(p * (p + 1) / 2 for p in prompts)
     visible_last = responses + sum(prompts)  # the last block asks from scored places only
-    whole = [(tokens, d, 3 * d), (tokens, d, d), (tokens, d, 4 * d), (tokens, 4 * d, d)]
-    last = [(tokens, d, 2 * d), (scored, d, d), (scored, d, d), (scored, d, 4 * d), (scored, 4 * d, d)]
-    trainable = blocks - FROZEN
-    forward = [(shape, trainable - 1) for shape in whole] + [(shape, 1) for shape in last]
+    d, keys, up, hidden = shape.d, shape.keys, shape.gates * shape.hidden, shape.hidden
+    whole = [(tokens, d, d + 2 * keys), (tokens, d, d), (tokens, d, up), (tokens, hidden, d)]
+    last = [(tokens, d, 2 * keys), (scored, d, d), (scored, d, d), (scored, d, up), (scored, hidden, d)]
+    trainable = shape.blocks - shape.frozen
+    forward = [(size, trainable - 1) for size in whole] + [(size, 1) for size in last]
     return {
-        "first": [(shape, FROZEN) for shape in whole] + forward + [((heads, d, vocabulary), 1)],
-        "first_attention": 4 * d * (visible * (blocks - 1) + visible_last),
+        "first": [(size, shape.frozen) for size in whole] + forward + [((heads, d, VOCABULARY), 1)],
+        "first_attention": 4 * d * (visible * (shape.blocks - 1) + visible_last),
         "forward": forward,
-        "head": [((heads, d, vocabulary), 1), ((heads, vocabulary, d), 1)],
+        "head": [((heads, d, VOCABULARY), 1), ((heads, VOCABULARY, d), 1)],
         "later_attention": 3 * 4 * d * (visible * (trainable - 1) + visible_last),
     }
 
 
-def floor_seconds(pairs: Sequence[EncodedPair], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def floor_seconds(
+    pairs: Sequence[EncodedPair], shape: Shape, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
     """Time of those products alone, measured here and now on their own shapes: a floor for "first" and "later".
 
     Also rate, in FLOP/s, of the later ones, and flop_first, flop_later.
     """
-    work = products(pairs)
+    work = products(pairs, shape)
     times: dict[tuple[int, int, int], float] = {}
 
     def seconds(shape: tuple[int, int, int]) -> float:
