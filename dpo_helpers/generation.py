@@ -71,7 +71,7 @@ def sample(
     encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     responses: dict[int, Response] = {}
-    for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch", disable=None):
+    for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch"):
         at = by_length[start : start + batch_size]
         uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at]).to(model.device)
         with compute.autocast():
