@@ -59,7 +59,7 @@ BUGS = (
         "test_tokens.py", "02_reference"),
     Bug("warm-up off by one", "training.py", (("(step + 1) / (warmup_steps + 1)", "step / (warmup_steps + 1)"),),
         "test_training.py::test_warmup_literals", "03_sft"),
-    Bug("KL the other way", "evaluation.py", (("(p.exp() * (p - q))", "(q.exp() * (q - p))"),),
+    Bug("KL the other way", "evaluation.py", (("(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_q - log_p))"),),
         "test_kl.py", "04_dpo_loss_derivation"),
 )  # fmt: skip
 
