@@ -83,7 +83,7 @@ class Settings:
     profile: str = _setting("mini", "mini (embedded, offline) or gpt2 (the study's set-up)")
     model: str = _setting(EMBEDDED, "'embedded', a Hub id, a local directory, or a .gguf file")
     model_revision: str | None = _setting(None, "40-hex commit of a Hub model; looked up and recorded if not given")
-    dataset: str = _setting(EMBEDDED, "'embedded', a Hub id, a folder, or a .jsonl, .jsonl.gz or .parquet file")
+    dataset: str = _setting(EMBEDDED, "'embedded', a Hub id, a folder, or a .jsonl(.gz), .json, .csv or .parquet file")
     dataset_revision: str | None = _setting(None, "40-hex commit of a Hub data set; looked up if not given")
     max_pairs: int | None = _setting(None, "most training pairs, drawn by seed; all if not given", PAIRS_OR_ALL)
     held_out_pairs: int = _setting(480, "pairs kept for evaluation; no prompt is on both sides", PAIRS)

@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
 from .rows import HELD_OUT, Unreadable, data_files, read_rows
+from .shapes import ShapeError, as_hh
 from .sources import SUFFIXES, Source, fetched, first_line, opening, source_of
 
 MAX_DROPPED = 0.05  # share of the rows that may be unusable without --allow-dropped
@@ -62,7 +64,10 @@ def parse_rows(
     parsed: list[Pair | Finding] = []
     unusable = 0
     for index, row in enumerate(rows):
-        parsed.append(Finding(index, str(row)) if isinstance(row, Unreadable) else parse_row(row, index))
+        try:
+            parsed.append(Finding(index, row) if isinstance(row, Unreadable) else parse_row(as_hh(row)[0], index))
+        except ShapeError as error:
+            parsed.append(Finding(index, str(error)))
         unusable += isinstance(parsed[-1], Finding)
         if unusable > MAX_FINDINGS:
             break
@@ -193,6 +198,15 @@ def _draw(pairs: list[Pair], count: int | None, seed: int, what: str) -> list[Pa
     return [pairs[i] for i in sorted(kept)]
 
 
+def _named(rows: Iterable[object], label: str) -> Iterator[object]:
+    """The rows; a printed line says what shape the first one has, where it is not HH's."""
+    for number, row in enumerate(rows):
+        with suppress(ShapeError):  # said of the row itself
+            if number == 0 and (shape := as_hh(row)[1]) in ("texts", "messages"):
+                print(one_line(f"rows of {label}: prompts and responses as {shape}"))
+        yield row
+
+
 def load_pairs(settings: Settings) -> PairData:
     """The training and held-out pairs that the settings name.
 
@@ -204,6 +218,7 @@ def load_pairs(settings: Settings) -> PairData:
     label = {"embedded": "the embedded world", "hub": f"{name}@{source.commit()}"}.get(source.kind, source.label)
     allow = settings.allow_dropped
     try:
+        rows = _named(rows, label)
         train, findings = parse_rows(rows, allow_dropped=allow)
         if test is None:
             train, held_out = _hold_out(train, settings.held_out_pairs, seed)

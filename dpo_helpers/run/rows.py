@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from sys import getsizeof
 
 from ..errors import DataError
-from .sources import SUFFIXES
+from .sources import ROWS, SUFFIXES
 
 MAX_ROW = 2**22  # bytes of one row, unpacked: a longer one is no dialogue
 MAX_UNPACKED = 2**30  # bytes that all rows to train on, or to hold out, take in memory; HH-RLHF's take a third of that
 PER_ROW = 256  # bytes that a row or a line takes besides its text
+MAX_ARRAY = 2**28  # bytes of a .json file, which is read as a whole
+COLUMNS = ("prompt", "question", "system", "chosen", "rejected")  # that a row may be read from: `shapes`
+_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`, no data
 _BLANK = object()
 # words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
 _TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|h[eo]ld[-_. ]?out)(?![a-z])")
-_WAY_OUT = (
-    "other kinds are neither unpacked, converted nor run: make a .jsonl file of it, with one object with 'chosen' and "
-    "'rejected' texts a line"
-)
+_MAKE_LINES = "make a .jsonl file of it, with one object with 'chosen' and 'rejected' texts a line"
+_WAY_OUT = f"other kinds are neither unpacked, converted nor run: {_MAKE_LINES}"
 
 
 class Unreadable(str):
@@ -33,7 +35,7 @@ class Unreadable(str):
 
 
 def read_rows(*paths: Path) -> Iterator[object]:
-    """The rows of .jsonl, .jsonl.gz or .parquet files, one at a time; a line that is no JSON is `Unreadable`.
+    """The rows of data files (SUFFIXES), one at a time; a line that is no JSON is `Unreadable`.
 
     Nothing is cached, unpacked to disk or run. However small the files are, a row has at most MAX_ROW bytes and all of
     them take at most MAX_UNPACKED. Raises DataError, naming the file, for more, and where it cannot be read to its end.
@@ -47,11 +49,12 @@ def read_rows(*paths: Path) -> Iterator[object]:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty: it needs rows with 'chosen' and 'rejected' texts")
         try:
-            for size, row in (_parquet if path.suffix.lower() == ".parquet" else _json_lines)(path):
+            for size, row in _READERS.get(path.suffix.lower(), _json_lines)(path):
                 texts = row.values() if isinstance(row, dict) else ()
                 taken += PER_ROW + max(
-                    size, sum(map(getsizeof, texts))
-                )  # one rare letter makes a text four times as big
+                    size,
+                    sum(map(getsizeof, texts)),  # one rare letter makes a text four times as big
+                )
                 if taken > MAX_UNPACKED:
                     raise _too_much(path)
                 if row is not _BLANK:
@@ -85,6 +88,41 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
             yield len(line), row
 
 
+def _json(path: Path) -> Iterator[tuple[int, object]]:
+    """The rows of an array; of a file with one row a line, those."""
+    with path.open("rb") as stream:
+        if not stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from _json_lines(path)
+            return
+    if path.stat().st_size > MAX_ARRAY:
+        raise DataError(f"{path} is longer than {MAX_ARRAY} bytes, and an array is read as a whole: {_MAKE_LINES}")
+    for row in json.loads(path.read_text(encoding="utf-8-sig")):
+        yield len(row) if isinstance(row, str) else 0, row
+
+
+def _csv(path: Path) -> Iterator[tuple[int, object]]:
+    """The rows of a table with a line of names."""
+    csv.field_size_limit(MAX_ROW)
+    read = 0
+
+    def _lines() -> Iterator[str]:
+        nonlocal read
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            while line := stream.readline(MAX_ROW + 1):
+                read += len(line)
+                if len(line) > MAX_ROW:
+                    raise DataError(f"{path}: a line is longer than {MAX_ROW} bytes; is it a table?")
+                yield line
+
+    before = 0
+    try:
+        for row in csv.DictReader(_lines(), strict=True):
+            yield read - before, {str(key): value if key in COLUMNS else None for key, value in row.items()}
+            before = read
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, object]]:
     """The rows of a file, each with its bytes. They are unpacked singly: a long text that repeats is stored once."""
     import pyarrow
@@ -92,20 +130,28 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
 
     try:  # opened here: pyarrow and datasets take a path for a pattern of paths
         with path.open("rb") as stream:
-            file, columns = ParquetFile(stream), ["chosen", "rejected"]
+            file = ParquetFile(stream)
+            others = [name for name in file.schema_arrow.names if name not in COLUMNS]
+            columns = [name for name in file.schema_arrow.names if name in COLUMNS]
             groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
             parts = (group.column(i) for group in groups for i in range(group.num_columns))
             # a page is unpacked as a whole, and one may hold all rows: what the file says of itself comes first
-            if sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns) > MAX_UNPACKED:
+            wanted = (part for part in parts if part.path_in_schema.split(".")[0] in columns)
+            if sum(part.total_uncompressed_size for part in wanted) > MAX_UNPACKED:
                 raise _too_much(path)
             batches = file.iter_batches(1, columns=columns, use_threads=False)
             for number, batch in enumerate(batches):
                 texts = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
                 if (size := sum(text.nbytes for text in texts)) > MAX_ROW:
                     raise DataError(f"{path}: row {number} is longer than {MAX_ROW} bytes; is it a dialogue?")
-                yield size, batch.to_pylist()[0]
+                yield size, dict.fromkeys(others) | (batch.to_pylist() or [{}])[0]
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
+    ".parquet": _parquet, ".json": _json, ".csv": _csv
+}  # fmt: skip
 
 
 def data_files(folder: Path) -> dict[str, list[Path]]:
@@ -121,11 +167,14 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
         roots.append((folder.parent.parent / "blobs").resolve())
     parts: dict[str, list[Path]] = {"train": [], "held out": [], "ignored": []}
     unnamed: list[Path] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # beside files of rows, .json and .csv are notes
+    suffixes = ROWS if any(path.name.lower().endswith(ROWS) for path in files) else SUFFIXES
+    for path in files:
         name = path.relative_to(folder).as_posix().lower()
         if any(part.startswith((".", "__")) for part in name.split("/")):
             continue
-        if not name.endswith(SUFFIXES):
+        if not name.endswith(suffixes) or path.name in _NOTES:
             parts["ignored"].append(path)
         elif not any(path.resolve().is_relative_to(root) for root in roots):
             raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")

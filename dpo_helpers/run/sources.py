@@ -25,7 +25,8 @@ from ..worlds import embedded
 from .disk import file_hash
 
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # pickled weights
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # of data
+ROWS = (".jsonl", ".jsonl.gz", ".parquet")  # of data, and of nothing else
+SUFFIXES = (*ROWS, ".json", ".csv")  # of data
 FILES = (*SUFFIXES, *UNSAFE, ".gguf")  # a name that ends so is meant as a file, also where there is none
 SILENCE = 30.0  # seconds without a byte from the Hub after which it is given up
 PATIENCE = 5.0  # seconds after which a line says that the Hub is waited for

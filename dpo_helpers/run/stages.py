@@ -55,6 +55,8 @@ def get_data(settings: Settings) -> Data:
     with open_artefact(settings, "data", made_from) as artefact:
         if artefact.mine:
             list_of_all.unlink(missing_ok=True)
+            if getattr(tokenizer, "chat_template", None):
+                print("the tokenizer has a chat template, which is not applied: prompts have HH's Human and Assistant")
             try:
                 pairs = load_pairs(settings)
                 found, ids = fit_pairs(pairs, tokenizer, allow_dropped=settings.allow_dropped, **lengths)

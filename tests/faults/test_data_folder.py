@@ -92,7 +92,7 @@ def test_archives_are_not_unpacked_and_scripts_not_run(folder, tmp_path, monkeyp
     survived("hostile archives, scripts and pickles in a data folder left alone", left_alone, 3)
 
 
-@pytest.mark.parametrize("name", ["x.pkl", "x.zip", "x.tar.gz", "x.py", "x.bin", "x.csv", "x.json", "x.arrow"])
+@pytest.mark.parametrize("name", ["x.pkl", "x.zip", "x.tar.gz", "x.py", "x.bin", "x.tsv", "x.xlsx", "x.arrow"])
 def test_a_file_of_another_kind_is_refused_and_the_error_says_what_to_make_of_it(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     refused = (
