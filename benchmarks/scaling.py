@@ -63,6 +63,7 @@ def grow(model: Any, pairs: Sequence[EncodedPair], *, betas: int = 1, batch: int
     started = time.perf_counter()
     scorer = FastScorer(model, pairs, FROZEN)
     scores = score_pairs(model, pairs, scorer, compute)
+    scored = time.perf_counter() - started
     plan = TrainPlan(
         epochs=1, batch_size=batch, micro_batch_size=batch, learning_rate=1e-6, optimizer="rmsprop", warmup_steps=0,
         schedule="constant", max_grad_norm=10.0, seed=0,
@@ -71,7 +72,8 @@ def grow(model: Any, pairs: Sequence[EncodedPair], *, betas: int = 1, batch: int
         train_dpo(model, pairs, scorer, scores, BETA, plan, compute)
     seconds = time.perf_counter() - started
     kept = scorer.store.used * model.config.hidden_size * 4 / 1e9
-    return {"seconds": seconds, "kept_gb": kept, "before_gb": before, "peak_gb": peak_memory_gb(compute)}
+    found = {"seconds": seconds, "first_pass_s": scored, "kept_gb": kept, "before_gb": before}
+    return {**found, "peak_gb": peak_memory_gb(compute), "processes": processes.count()}
 
 
 def with_prompts_of(tokens: int) -> dict[str, Any]:
@@ -116,11 +118,11 @@ def main(
     wanted = {"time": [int(n) for n in filter(None, sizes.split(","))]}
     wanted |= {kind: GROWTH[kind][1] for kind in filter(None, growth.split(","))}
     for kind, n in ((kind, n) for kind, listed in wanted.items() for n in listed):
-        launch = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={n}", "--num_machines=1",
-                  "--mixed_precision=no", "--dynamo_backend=no", "-m"] if kind == "processes" else ["-m"]  # fmt: skip
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "-m"]
+        launch = torchrun if kind == "processes" else []
         arguments = ["--data", data, "--tokenizer", tokenizer, "--one", f"{kind}:{n}"]
         done = subprocess.run(
-            [sys.executable, *launch, "benchmarks.scaling", *arguments], capture_output=True, text=True,
+            [sys.executable, "-m", *launch, "benchmarks.scaling", *arguments], capture_output=True, text=True,
             cwd=Path(__file__).parents[1], env=os.environ | ({"OMP_NUM_THREADS": "1"} if kind == "processes" else {}),
         )  # fmt: skip
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

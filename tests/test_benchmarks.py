@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import dpo_vs_trl, gpu_estimate
-from benchmarks.workload import Workload, batches, draw_pairs, products
+from benchmarks import dpo_vs_trl, gpu_estimate, sampling, scaling
+from benchmarks.workload import Shape, Workload, batches, draw_pairs, products
 from conftest import SHARED
 from dpo_helpers.tokens import EncodedPair
 
@@ -112,3 +112,27 @@ def test_the_estimate_for_a_gpu_takes_off_what_it_would_do_and_adds_its_launches
 )  # fmt: skip
 def test_a_view_is_told_from_an_operation(name, expected):
     assert gpu_estimate.is_view(name) is expected
+
+
+def test_exponents_by_hand():
+    """Twice the time for twice the size is 1; the same time 0; 8 times the time for 4 times the size 1.5."""
+    assert scaling.exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert scaling.exponent([1, 10], [5, 5]) == pytest.approx(0)
+    assert scaling.exponent([2, 8], [1, 8]) == pytest.approx(1.5)
+
+
+def test_tokens_count_up_to_the_first_end_of_text():
+    """Of rows that end after three tokens, at once, and not at all: 3 + 1 + 4."""
+    assert sampling.count(torch.tensor([[5, 6, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4]]), 0) == 8
+
+
+def test_a_llamas_products_by_hand():
+    """One pair of 2 prompt and twice 2 response tokens, 4 run: of two blocks one is frozen, d 4, keys 2, MLP 6, gated.
+
+    A whole block: 4 × 4 × (8 + 4 + 12) + 4 × 6 × 4 = 480 multiply-adds; the last one asks at 3 places: 4 × 4 × 4 for keys
+    and values, 3 × 4 × (4 + 4 + 12) + 3 × 6 × 4 = 376.
+    """
+    shape = Shape("tiny", 2, 1, 4, 2, 6, 2)
+    work = products([EncodedPair([1, 1], [1, 1], [1, 1])], shape)
+    assert flop(work["forward"]) == 2 * 376
+    assert flop(work["first"]) == 2 * (480 + 376 + 4 * 4 * 50257)
