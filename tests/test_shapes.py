@@ -33,6 +33,9 @@ SHAPES = {
         {"prompt": PAIR.prompt, "chosen": PAIR.prompt + " Because.", "rejected": PAIR.prompt + " No."}, "texts", PAIR),
     "several turns with markers": ({"prompt": LATER.prompt, "chosen": "Because.", "rejected": "No."}, "texts", LATER),
     "orca pairs": ({"system": "Be kind.", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "texts", TOLD),
+    "a system text beside a prompt with markers": (
+        {"system": "Be kind.", "prompt": PAIR.prompt, "chosen": "Because.", "rejected": "No."}, "texts", TOLD,
+    ),
     "orca pairs without system": ({"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "texts", PAIR),
     "messages with the prompt apart": (
         {"prompt": said(WHY), "chosen": said(BECAUSE), "rejected": said(NO)}, "messages", PAIR),
@@ -62,12 +65,12 @@ WRONG = {
     "a late system turn": (
         {"chosen": said(WHY, ("system", "x"), BECAUSE), "rejected": said(WHY, NO)}, "roles are out of order: user, system"),
     "the assistant first": ({"chosen": said(BECAUSE), "rejected": said(NO)}, "roles are out of order: assistant"),
-    "an empty turn": ({"chosen": said(("user", " "), BECAUSE), "rejected": said(WHY, NO)}, "an empty user turn"),
+    "an empty turn": ({"chosen": said(("user", " "), BECAUSE), "rejected": said(WHY, NO)}, "an empty turn of the user"),
     "another role": ({"chosen": said(("tool", "x"), BECAUSE), "rejected": said(WHY, NO)}, "a message has the role 'tool'"),
     "no messages": ({"chosen": ["Because."], "rejected": ["No."]}, "a message is no object with 'role' and 'content'"),
     "a marker in a message": (
         {"chosen": said(WHY, ("assistant", "No.\n\nHuman: Yes?")), "rejected": said(WHY, NO)},
-        "a assistant turn holds a Human or Assistant marker"),
+        "a turn of the assistant holds a Human or Assistant marker"),
     "a marker in a response": (
         {"prompt": "Why?", "chosen": "No.\n\nHuman: Yes?", "rejected": "No."}, "a response holds a Human or Assistant"),
     "a prompt that goes on": (

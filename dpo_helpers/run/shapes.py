@@ -50,8 +50,8 @@ def as_hh(row: object) -> tuple[object, str]:
         return row, "HH text"
     system = turns_of(row.get("system"), "system")
     marked = isinstance(prompt, str) and ASSISTANT in f"\n\n{prompt.lstrip()}"
-    begin = _marked(prompt) if marked else as_text([*system, *turns_of(prompt, "user")]) + ASSISTANT
-    return {side: _continued(begin, value, marked) for side, value in sides.items()}, "texts"
+    begin = as_text(system) + _marked(prompt) if marked else as_text([*system, *turns_of(prompt, "user")]) + ASSISTANT
+    return {side: _continued(begin, value) for side, value in sides.items()}, "texts"
 
 
 def turns_of(value: Any, role: str) -> list[Turn]:
@@ -68,9 +68,9 @@ def turns_of(value: Any, role: str) -> list[Turn]:
         if role not in ("system", *MARKERS):
             raise ShapeError(f"a message has the role {str(role)[:40]!r}: known are system, user and assistant")
         if not isinstance(content, str) or not content.strip():
-            raise ShapeError(f"an empty {role} turn")
+            raise ShapeError(f"an empty turn of the {role}")
         if any(marker in f"\n\n{content}" for marker in MARKERS.values()):
-            raise ShapeError(f"a {role} turn holds a Human or Assistant marker")
+            raise ShapeError(f"a turn of the {role} holds a Human or Assistant marker")
         turns.append((role, content))
     return turns
 
@@ -98,9 +98,9 @@ def _marked(prompt: str) -> str:
     return text
 
 
-def _continued(prompt: str, response: str, marked: bool) -> str:
+def _continued(prompt: str, response: str) -> str:
     """The whole dialogue. response: what follows the prompt, or the whole dialogue already."""
-    if marked and response.startswith(prompt):
+    if response.startswith(prompt):
         return response
     if any(marker in f"\n\n{response.lstrip()}" for marker in MARKERS.values()):
         raise ShapeError("a response holds a Human or Assistant marker")
