@@ -86,27 +86,32 @@ def _executed(
         for client, loop in list(running.items()):
             asyncio.run_coroutine_threadsafe(client.km.interrupt_kernel(), loop)
 
+    def _one(source: Path, target: Path) -> float:
+        try:
+            return _run(source, target, env, keys, running, stopped)
+        except BaseException as error:  # here, before this thread takes the next notebook
+            errors.append(error)
+            if not stopped:
+                _stop(0)
+            raise
+
+    errors: list[BaseException] = []
+    threads = max(1, torch.get_num_threads() // side_by_side)
+    env = {"OMP_NUM_THREADS": str(threads)} if side_by_side > 1 else {}
+    env |= {**os.environ, **QUIET, "DPO_PROFILE": profile}
     in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python lets nobody handle signals
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
-    first: BaseException | None = None
     try:
         with ThreadPoolExecutor(side_by_side) as pool:
-            threads = max(1, torch.get_num_threads() // side_by_side)
-            env = {"OMP_NUM_THREADS": str(threads)} if side_by_side > 1 else {}
-            env |= {**os.environ, **QUIET, "DPO_PROFILE": profile}
-            done = {pool.submit(_run, s, t, env, keys, running, stopped): s for s, t in targets.items()}
+            done = {pool.submit(_one, source, target): source for source, target in targets.items()}
             for future in as_completed(done):
-                if (error := future.exception()) is None:
+                if future.exception() is None:
                     yield done[future], future.result()
-                elif first is None:
-                    first = error
-                    if not stopped:
-                        _stop(0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if first:
-        raise first
+    if errors:
+        raise errors[0]
 
 
 def _run(
