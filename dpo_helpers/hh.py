@@ -7,6 +7,7 @@ common prefix of the two texts instead would eat words that both responses start
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,19 @@ def split_prompt(text: str) -> tuple[str, str]:
 def single_turn(question: str) -> str:
     """The prompt of a dialogue with one question: Human marker, question, Assistant marker."""
     return f"{HUMAN} {question}{ASSISTANT}"
+
+
+def as_messages(prompt: str) -> list[dict[str, str]]:
+    """A prompt as a chat template takes it: messages with role and content; a text before the first marker is system's.
+
+    The last Assistant's turn, which is still to come, is none of them.
+    """
+    system, *turns = re.split(f"({HUMAN}|{ASSISTANT})", prompt.removesuffix(ASSISTANT))
+    spoken = [
+        ("user" if mark == HUMAN else "assistant", text) for mark, text in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    first = [("system", system)] if system.strip() else []
+    return [{"role": role, "content": text.strip()} for role, text in (*first, *spoken)]
 
 
 def parse_row(row: object, index: int = 0) -> Pair | Finding:

@@ -90,6 +90,7 @@ class Settings:
     allow_dropped: bool = _setting(False, "go on although more than 5 % of the rows cannot be used")
     max_length: int = _setting(256, "tokens of prompt + response at most; EM uses 512", TOKENS)
     max_prompt_length: int = _setting(128, "last prompt tokens kept of a pair that is too long; EM: 256", TOKENS)
+    template: str = _setting("auto", "auto: the tokenizer's chat template, if any; none: HH's", one_of("auto", "none"))
     freeze_layers: int = _setting(8, "first blocks that are frozen; study: 8 of 12", between(0, 1000, "blocks"))
     freeze_embeddings: bool = _setting(True, "freeze the input embeddings too, and so GPT-2's tied output head")
     epochs: int = _setting(2, "passes over the training pairs for DPO; study: 5", PASSES)

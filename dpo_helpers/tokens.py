@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .hh import Pair
+from .hh import Pair, as_messages
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class PairBatch:
         return PairBatch(self.ids.to(device), self.attention_mask.to(device), self.response_mask.to(device), self.rows)
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
     """Token ids of each text as it is: nothing is added, padded or cut, and "<|endoftext|>" is thirteen characters.
 
-    tokenizer: one of transformers, as `run.loading.load_tokenizer` gives it.
+    tokenizer: one of transformers, as `run.loading.load_tokenizer` gives it. special: "<|endoftext|>" is one token.
     """
     if getattr(tokenizer, "is_fast", False):  # no offsets, no masks: only ids are wanted
         backend = tokenizer.backend_tokenizer
@@ -70,9 +70,10 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         backend.no_padding()
         if getattr(backend.model, "dropout", None):  # of BPE merges, while another model was trained
             backend.model.dropout = None
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = not special
         return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    one = {"add_special_tokens": False, "split_special_tokens": not special}
+    return [list(tokenizer.encode(text, **one)) for text in texts]
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -83,11 +84,30 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_prompt_length: int) -> list[list[int]]:
     """Token ids of prompts: what the tokenizer begins a text with, then as many of the last ones as fit."""
     start = start_ids(tokenizer)
-    return [_last(start, ids, max_prompt_length) for ids in encode_texts(tokenizer, prompts)]
+    ids_of = encode_texts(tokenizer, prompt_texts(tokenizer, prompts), special=has_template(tokenizer))
+    return [_last(start, ids, max_prompt_length) for ids in ids_of]
+
+
+def prompt_texts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts in HH's text as the model reads them: as they are, or rendered by the tokenizer's chat template."""
+    if not has_template(tokenizer):
+        return list(prompts)
+    messages = [as_messages(prompt) for prompt in prompts]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template, which then decides what a prompt looks like."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: nothing for GPT-2, the beginning-of-text token for Llama and Gemma."""
+    """What the tokenizer puts before a text: nothing for GPT-2, the beginning-of-text token for Llama and Gemma.
+
+    A chat template writes it itself.
+    """
+    if has_template(tokenizer):
+        return []
     first, whole = encode_text(tokenizer, "a")[0], list(tokenizer.encode("a"))
     return whole[: whole.index(first)] if first in whole else []
 
@@ -116,12 +136,16 @@ def encode_pairs(
     A prompt begins as the tokenizer says. Where a response by itself would gain a space, it is tokenised behind its
     prompt; DataError if a token then spans the border. Truncation keeps the start and the last of `max_prompt_length`
     prompt tokens, then cuts each response to what is left. chunk: pairs that meet the tokenizer together.
+    With a chat template responses lose the blanks around them, and its special tokens must not be in the texts.
     """
-    start, apart, stream = start_ids(tokenizer), _joins(tokenizer), iter(pairs)
+    start, apart, is_chat, stream = start_ids(tokenizer), _joins(tokenizer), has_template(tokenizer), iter(pairs)
     while part := list(islice(stream, chunk)):
-        prompts = encode_texts(tokenizer, [pair.prompt for pair in part])
-        sides = [("" if apart else pair.prompt) + side for pair in part for side in (pair.chosen, pair.rejected)]
-        ids = iter(encode_texts(tokenizer, sides))
+        texts = prompt_texts(tokenizer, [pair.prompt for pair in part])
+        prompts, both_sides = encode_texts(tokenizer, texts, special=is_chat), list[str]()
+        for pair, text in zip(part, texts, strict=True):
+            sides = (pair.chosen.strip(), pair.rejected.strip()) if is_chat else (pair.chosen, pair.rejected)
+            both_sides += [side if apart else text + side for side in sides]
+        ids = iter(encode_texts(tokenizer, both_sides, special=is_chat and not apart))
         for pair, prompt, *both in zip(part, prompts, ids, ids, strict=False):
             shared = 0 if apart else len(prompt)
             if any(side[:shared] != prompt[:shared] for side in both):

@@ -30,10 +30,20 @@ def _code(text: str) -> str:
     return "`" + one_line(text).replace("`", "'") + "`"
 
 
-def model_card(settings: Settings, comparison: Mapping[str, Evaluation], source: str, weights_sha256: str) -> str:
+MARKERS = 'Prompts have the form `"\\n\\nHuman: …\\n\\nAssistant:"`; `tokenizer(prompt)` begins them as in training.'
+TEMPLATE = (
+    "Prompts are messages, rendered by the tokenizer's chat template as in training: "
+    "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`."
+)
+
+
+def model_card(
+    settings: Settings, comparison: Mapping[str, Evaluation], source: str, weights_sha256: str, *, is_chat: bool = False
+) -> str:
     """The card as Markdown with the Hub's metadata block.
 
-    comparison: the three models, measured. source: of the data, as `get_data` names it. The metadata names model and
+    comparison: the three models, measured. source: of the data, as `get_data` names it. is_chat: whether prompts were
+    rendered by a chat template. The metadata names model and
     data set only where they are the Hub's: a local name could be taken for somebody else's repository.
     """
     base = source_of(settings, "model")
@@ -81,7 +91,7 @@ folder = "dpo_gpt2_model_final"  # a folder of yours, which has no revision
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 ```
 
-Prompts have the form `"\\n\\nHuman: …\\n\\nAssistant:"`; `tokenizer(prompt)` begins them as in training.
+{TEMPLATE if is_chat else MARKERS}
 sha256 of names and values of the weights:
 `{weights_sha256}`.
 """

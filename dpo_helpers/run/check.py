@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import ModelError, SettingsError
 from ..generation import continued
+from ..hh import single_turn
 from ..settings import Settings
-from ..tokens import start_ids
+from ..tokens import encode_prompts
 from .sources import first_line
 
 NOISE = 1e-4  # of the spread of log-probabilities: rounding stays below 3e-5, and faults are far above
@@ -25,7 +26,8 @@ def check_limits(config: Any, tokenizer: Any, settings: Settings) -> None:
     config: the model's. Special tokens count where the course writes them: text never becomes one.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = {*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, *start_ids(tokenizer)}
+    (written,) = encode_prompts(tokenizer, [single_turn("a")], settings.max_prompt_length)
+    ids = {*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, *written}
     text = config.get_text_config()
     if max(ids) >= text.vocab_size:
         raise ModelError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..settings import Settings
-from ..tokens import start_ids
+from ..tokens import has_template, start_ids
+from .chat import end_of_turn
 from .sources import UNSAFE, Source, fetched, first_line, opening, source_of
 
 INDEX = "model.safetensors.index.json"
@@ -156,7 +157,10 @@ def _plain(model: Any) -> Any:
 
 @opening()
 def load_tokenizer(settings: Settings) -> Any:
-    """The settings' tokenizer; it has an end-of-text token, or a ModelError is raised."""
+    """The settings' tokenizer; it has an end-of-text token, or a ModelError is raised.
+
+    template="none" takes its chat template away; otherwise that decides how prompts look and how a response ends.
+    """
     from transformers import AutoTokenizer
 
     with _location(source_of(settings, "model")) as where:
@@ -167,12 +171,17 @@ def load_tokenizer(settings: Settings) -> Any:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             raise ModelError(f"cannot load the tokenizer of {settings.model!r} ({first_line(error)})") from error
+    if settings.template == "none":
+        tokenizer.chat_template = None
+    elif has_template(tokenizer):
+        tokenizer.eos_token = end_of_turn(tokenizer, settings.model)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {settings.model!r} has no end-of-text token, which a response must end with"
         )
-    # "<|endoftext|>" in a text is text: taken for the token, a row of the data could end responses where it likes
-    tokenizer.split_special_tokens = True
+    # "<|endoftext|>" in a text is text: taken for the token, a row of the data could end responses where it likes.
+    # A chat template needs its tokens; `chat.unrendered` refuses rows that hold one.
+    tokenizer.split_special_tokens = not has_template(tokenizer)
     return tokenizer
 
 
@@ -182,7 +191,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
         definition = tokenizer.backend_tokenizer.to_str()
     else:
         definition = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return hashlib.sha256(f"{tokenizer.eos_token_id} {definition}".encode()).hexdigest()
+    template = f"{tokenizer.chat_template} " if has_template(tokenizer) else ""
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {template}{definition}".encode()).hexdigest()
 
 
 @opening()
@@ -204,7 +214,11 @@ def load_saved(folder: Path) -> Any:
 
 @opening()
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save weights (safetensors, float32), configuration and tokenizer so that from_pretrained opens them."""
+    """Save weights (safetensors, float32), configuration and tokenizer so that from_pretrained opens them.
+
+    Its `generate` then stops where the course's responses end: a chat template's end of turn may be another token.
+    """
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

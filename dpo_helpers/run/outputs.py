@@ -9,6 +9,7 @@ from pathlib import Path
 from ..generation import Response, sample
 from ..hh import single_turn
 from ..settings import Settings
+from ..tokens import has_template
 from .artefacts import open_artefact
 from .card import model_card
 from .loading import save_model
@@ -73,7 +74,9 @@ def get_final_model(settings: Settings) -> Path:
     with open_artefact(settings, FINAL_MODEL, made_from) as artefact:
         if artefact.mine:
             save_model(model.load(), data.tokenizer, artefact.folder)
-            card = model_card(settings, comparison, data.pairs.source, model.weights_sha256)
+            card = model_card(
+                settings, comparison, data.pairs.source, model.weights_sha256, is_chat=has_template(data.tokenizer)
+            )
             (artefact.folder / "README.md").write_text(card, encoding="utf-8")
             artefact.about["weights_sha256"] = model.weights_sha256
     return artefact.folder

@@ -18,6 +18,7 @@ from ..settings import Settings
 from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
+from .chat import unrendered
 from .rows import HELD_OUT, Unreadable, data_files, read_rows
 from .shapes import ShapeError, as_hh
 from .sources import SUFFIXES, Source, fetched, first_line, opening, source_of
@@ -253,13 +254,16 @@ def fit_pairs(
 ) -> tuple[PairData, Encoded]:
     """The pairs that still differ once they are cut to `max_length` tokens, as text and as ids.
 
-    Each pair that is cut gets a finding. Two responses that differ only in what is cut off cannot be told apart: such a
-    pair is dropped. Raises RowsError where that meets more of the pairs than is accepted.
+    Each pair that is cut gets a finding. One that the tokenizer's chat template cannot render is dropped, and so are two
+    responses that differ only in what is cut off. Raises RowsError where that meets more of the pairs than is accepted.
     """
     findings: list[Finding] = list(found.findings)
 
     def _fit(pairs: list[Pair], split: str) -> tuple[list[Pair], list[EncodedPair]]:
-        kept, ids_of, dropped = list[Pair](), list[EncodedPair](), list[Finding]()
+        kept, ids_of = list[Pair](), list[EncodedPair]()
+        refused = {pair.index: why for pair in pairs if (why := unrendered(tokenizer, pair, split))}
+        dropped, total = list(refused.values()), len(pairs)
+        pairs = [pair for pair in pairs if pair.index not in refused]
         longest = max((len(pair.prompt + pair.chosen + pair.rejected) for pair in pairs), default=1)
         encoded = encode_pairs(
             tokenizer, pairs, max_length=max_length, max_prompt_length=max_prompt_length,
@@ -275,7 +279,7 @@ def fit_pairs(
             if ids.was_cut:
                 cut = f"{ids.prompt_cut} prompt, {ids.chosen_cut} chosen, {ids.rejected_cut} rejected tokens cut off"
                 findings.append(Finding(pair.index, f"longer than max_length {max_length}: {cut}", "cut", split))
-        check_dropped(dropped, len(pairs), allow_dropped)
+        check_dropped(dropped, total, allow_dropped)
         findings.extend(dropped)
         return kept, ids_of
 

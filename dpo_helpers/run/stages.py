@@ -22,8 +22,8 @@ from ..evaluation import preference_metrics
 from ..hh import Finding, Pair
 from ..logprobs import PairScores
 from ..losses import sft_loss
-from ..settings import Settings
-from ..tokens import EncodedPair
+from ..settings import EMBEDDED, Settings
+from ..tokens import EncodedPair, has_template
 from ..training import DPOObjective, MetricsRow, SFTObjective
 from ..uncertainty import mean_and_error
 from .artefacts import ModelArtefact, as_model, open_artefact, read_jsonl, write_jsonl
@@ -55,8 +55,10 @@ def get_data(settings: Settings) -> Data:
     with open_artefact(settings, "data", made_from) as artefact:
         if artefact.mine:
             list_of_all.unlink(missing_ok=True)
-            if getattr(tokenizer, "chat_template", None):
-                print("the tokenizer has a chat template, which is not applied: prompts have HH's Human and Assistant")
+            form = "the tokenizer's chat template" if has_template(tokenizer) else "HH's Human and Assistant markers"
+            if settings.model != EMBEDDED:
+                print(f"prompts and responses are written with {form}")
+            artefact.about["prompts"] = form
             try:
                 pairs = load_pairs(settings)
                 found, ids = fit_pairs(pairs, tokenizer, allow_dropped=settings.allow_dropped, **lengths)
