@@ -254,7 +254,7 @@ def fit_pairs(
 ) -> tuple[PairData, Encoded]:
     """The pairs that still differ once they are cut to `max_length` tokens, as text and as ids.
 
-    Each pair that is cut gets a finding. One that the tokenizer's chat template cannot render is dropped, and so are two
+    Each pair that is cut gets a finding. One that the chat template cannot render is dropped, and so are two
     responses that differ only in what is cut off. Raises RowsError where that meets more of the pairs than is accepted.
     """
     findings: list[Finding] = list(found.findings)

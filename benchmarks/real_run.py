@@ -1,0 +1,222 @@
+"""DPO on real pairs with a small chat model, several β, seeds and epochs: `python -m benchmarks.real_run --help`.
+
+The runs share one pass through the frozen blocks, which is why this is a script and not `python -m dpo_helpers sweep`.
+Held-out pairs are drawn once, by whole prompts. Rates are compared on a second split, of the training part: held-out
+pairs are looked at when all settings are settled. Each finished run is written at once; started again, the script goes
+on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.dpo_vs_trl import RESULTS, _machine
+from dpo_helpers.evaluation import pair_values, preference_metrics, score_pairs
+from dpo_helpers.fast.engine import FastScorer
+from dpo_helpers.logprobs import PairScores
+from dpo_helpers.models import freeze
+from dpo_helpers.run.gradients import InParts
+from dpo_helpers.run.loading import load_model, load_tokenizer
+from dpo_helpers.run.machine import compute_of
+from dpo_helpers.run.measures import longer_wins
+from dpo_helpers.run.pairs import PairData, _hold_out, fit_pairs, load_pairs
+from dpo_helpers.run.sampled import prompts_to_sample, sample_and_measure
+from dpo_helpers.run.trained import plan_of
+from dpo_helpers.settings import Settings, load_settings
+from dpo_helpers.tokens import EncodedPair
+from dpo_helpers.training import DPOObjective, Watch, train
+from dpo_helpers.uncertainty import bootstrap_mean
+
+FROZEN = 20  # of SmolLM2's 30 blocks: two thirds, as 8 of 12
+HELD_OUT, VALIDATION = 320, 200
+RATES = (1e-6, 5e-6, 2e-5, 5e-5)
+BETAS = (0.05, 0.1, 0.5)
+SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and what differs from the others. trained: blocks that train; validate: on the training part."""
+
+    beta: float
+    rate: float
+    seed: int = 0
+    epochs: int = 1
+    template: str = "auto"
+    max_length: int = 512
+    frozen: int = FROZEN
+    validate: bool = False
+    sampled: bool = True
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others."""
+        return " ".join(f"{key}={value}" for key, value in asdict(self).items())
+
+
+class Prepared:
+    """Model, pairs, scorers and reference log-probabilities of all runs that read the same tokens."""
+
+    def __init__(self, settings: Settings, *, validate: bool):
+        self.settings, self.tokenizer, self.compute = settings, load_tokenizer(settings), compute_of(settings)
+        found = load_pairs(settings)
+        if validate:
+            train, held_out = _hold_out(found.train, VALIDATION, seed=1)
+            found = PairData(train, held_out, [], found.source)
+        self.pairs, ids = fit_pairs(
+            found, self.tokenizer, max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
+            allow_dropped=True,
+        )  # fmt: skip
+        self.ids = {"train": ids.train, "held_out": ids.held_out}
+        self.model = load_model(settings)
+        freeze(self.model, settings.freeze_layers)
+        self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.scorers = {part: FastScorer(self.model, of, settings.freeze_layers) for part, of in self.ids.items()}
+        self.reference = {part: self.score(part) for part in self.ids}
+
+    def score(self, part: str) -> PairScores:
+        """Log-probabilities of a part's pairs under the model as it is now."""
+        return score_pairs(self.model, self.ids[part], self.scorers[part], self.compute, name=f"scoring {part}")
+
+
+class Curve(Watch):
+    """Held-out loss, accuracy and margin at four points of a training."""
+
+    def __init__(self, prepared: Prepared, beta: float):
+        self.prepared, self.beta, self.rows = prepared, beta, list[dict[str, Any]]()
+
+    def begin(self, model: Any, optimizer: Any, gradient: Any, total: int) -> list[dict[str, Any]]:
+        """Nothing to go on from."""
+        self.at = {round(total * part / 4) for part in (1, 2, 3, 4)}
+        return []
+
+    def updated(self, rows: list[dict[str, Any]]) -> None:
+        """Measure at those points."""
+        if rows[-1]["step"] in self.at:
+            reference, now = self.prepared.reference["held_out"], self.prepared.score("held_out")
+            self.rows.append({"step": rows[-1]["step"], **preference_metrics(now, reference, self.beta)})
+            print(f"  update {rows[-1]['step']}: {_said(self.rows[-1])}", flush=True)
+
+
+def _said(row: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {row[key]:.3f} ± {row[key + '_se']:.3f}"
+        for key in ("loss", "reward_accuracy", "reward_margin", "chosen_logratio")
+    )
+
+
+def one_run(prepared: Prepared, run: Run) -> dict[str, Any]:
+    """Train from the reference, measure on held-out pairs, and sample."""
+    settings = replace(
+        prepared.settings, seed=run.seed, beta=run.beta, epochs=run.epochs, learning_rate=run.rate, warmup_steps=10,
+        schedule="linear", batch_size=16, micro_batch_size=8,
+    )  # fmt: skip
+    model, compute = prepared.model, prepared.compute
+    model.load_state_dict(prepared.start)
+    curve, parameters = Curve(prepared, run.beta), [p for p in model.parameters() if p.requires_grad]
+    started = time.perf_counter()
+    rows = train(
+        model, prepared.ids["train"], prepared.scorers["train"],
+        DPOObjective(prepared.reference["train"], run.beta), plan_of(settings, run.epochs, run.rate), compute,
+        gradient=InParts(8, compute, parameters), watch=curve, name=f"β {run.beta:g}, rate {run.rate:g}",
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    now, reference = prepared.score("held_out"), prepared.reference["held_out"]
+    values = pair_values(now, reference, run.beta)
+    found: dict[str, Any] = {
+        "run": asdict(run), "seconds": seconds, "updates": len(rows), "curve": curve.rows,
+        "trained_loss": [row["loss"] for row in rows],
+        "trained_accuracy": [row["reward_accuracy"] for row in rows],
+        "metrics": preference_metrics(now, reference, run.beta),
+        "intervals": {key: asdict(bootstrap_mean(values[key])) for key in ("reward_accuracy", "reward_margin", "loss")},
+        "right": values["reward_accuracy"].int().tolist(),
+    }  # fmt: skip
+    if run.sampled:
+        trained = {key: value.clone() for key, value in model.state_dict().items()}
+        base = load_model(prepared.settings)
+        model.load_state_dict(trained)
+        sampled = sample_and_measure(
+            settings, prepared.tokenizer, model, base, prompts_to_sample(settings, prepared.pairs)
+        )
+        found["sampled"] = sampled.metrics
+        found["responses"] = [asdict(response) | {"ids": len(response.ids)} for response in sampled.responses[:12]]
+    return found
+
+
+def plan(rate: float) -> Sequence[Run]:
+    """Three β, two seeds; then more epochs; then one experiment each against what could hold the accuracy back."""
+    sweep = [Run(beta, rate, seed) for seed in SEEDS for beta in BETAS]
+    longer = [Run(0.1, rate, 0, epochs=3)]
+    tried = [
+        Run(0.1, rate, template="none", sampled=False),
+        Run(0.1, rate, max_length=256, sampled=False),
+        Run(0.1, rate, frozen=0, sampled=False),
+        Run(0.1, 5 * rate, sampled=False),
+    ]
+    return [*sweep, *longer, *tried]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="a chat model: a .gguf file, folder or Hub id")],
+    data: Annotated[str, typer.Option(help="HH pairs: a file or Hub id")],
+    out: Annotated[Path, typer.Option(help="where results are kept")] = RESULTS / "real_run.json",
+) -> None:
+    """Choose a rate, run everything of `plan`, and write it down."""
+    results = json.loads(out.read_text()) if out.exists() else {"machine": _machine(), "runs": {}}
+    base = load_settings(
+        "gpt2", model=model, model_revision=None, dataset=data, dataset_revision=None, held_out_pairs=HELD_OUT,
+        max_pairs=None, prompts=100, max_new_tokens=96, precision="fp32", device="cpu",
+    )  # fmt: skip
+    kept: dict[tuple[object, ...], Prepared] = {}
+
+    def _do(run: Run) -> dict[str, Any]:
+        if run.name not in results["runs"]:
+            what = (run.template, run.max_length, run.frozen, run.validate)
+            if what not in kept:
+                kept.clear()
+                settings = replace(
+                    base, template=run.template, max_length=run.max_length, max_prompt_length=run.max_length // 2,
+                    freeze_layers=run.frozen, freeze_embeddings=run.frozen > 0,
+                )  # fmt: skip
+                kept[what] = Prepared(settings, validate=run.validate)
+                said = results.setdefault("data", {}).setdefault(str(what), {})
+                said |= _described(kept[what])
+            print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
+            results["runs"][run.name] = one_run(kept[what], run)
+            out.write_text(json.dumps(results, indent=1) + "\n")
+        found: dict[str, Any] = results["runs"][run.name]
+        print(f"{time.strftime('%H:%M')} {run.name}: {_said(found['metrics'])}, {found.get('sampled', {}).get('kl')}")
+        return found
+
+    tried = {rate: _do(Run(0.1, rate, validate=True, sampled=False))["metrics"]["loss"] for rate in RATES}
+    results["rate"] = min(tried, key=tried.__getitem__)
+    for run in plan(results["rate"]):
+        _do(run)
+
+
+def _described(prepared: Prepared) -> dict[str, Any]:
+    accuracy, ties = longer_wins(prepared.reference["held_out"])
+    tokens = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in _all(prepared)]
+    longer = prepared.reference["held_out"].chosen_tokens > prepared.reference["held_out"].rejected_tokens
+    return {
+        "train": len(prepared.ids["train"]), "held_out": len(prepared.ids["held_out"]),
+        "cut": sum(pair.was_cut for pair in _all(prepared)), "mean_tokens": sum(tokens) / len(tokens),
+        "longer_wins": accuracy, "longer_ties": ties, "longer_right": longer.int().tolist(),
+        "trained": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in prepared.model.parameters()),
+    }  # fmt: skip
+
+
+def _all(prepared: Prepared) -> list[EncodedPair]:
+    return [*prepared.ids["train"], *prepared.ids["held_out"]]
+
+
+if __name__ == "__main__":
+    typer.run(main)
