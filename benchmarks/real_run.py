@@ -169,7 +169,7 @@ def main(
     out: Annotated[Path, typer.Option(help="where results are kept")] = RESULTS / "real_run.json",
 ) -> None:
     """Choose a rate, run everything of `plan`, and write it down."""
-    results = json.loads(out.read_text()) if out.exists() else {"machine": _machine(), "runs": {}}
+    results = json.loads(out.read_text()) if out.exists() else {"machine": _machine("cpu"), "runs": {}}
     base = load_settings(
         "gpt2", model=model, model_revision=None, dataset=data, dataset_revision=None, held_out_pairs=HELD_OUT,
         max_pairs=None, prompts=100, max_new_tokens=96, precision="fp32", device="cpu",
@@ -183,7 +183,7 @@ def main(
                 kept.clear()
                 settings = replace(
                     base, template=run.template, max_length=run.max_length, max_prompt_length=run.max_length // 2,
-                    freeze_layers=run.frozen, freeze_embeddings=run.frozen > 0,
+                    freeze_layers=run.frozen,
                 )  # fmt: skip
                 kept[what] = Prepared(settings, validate=run.validate)
                 said = results.setdefault("data", {}).setdefault(str(what), {})

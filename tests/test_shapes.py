@@ -1,13 +1,11 @@
 """The shapes in which preference pairs are published: each gives the text that HH-RLHF would have."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from dpo_helpers.errors import DataError
 from dpo_helpers.hh import Pair, parse_row
-from dpo_helpers.run import stages
 from dpo_helpers.run.pairs import RowsError, load_pairs, parse_rows
 from dpo_helpers.run.shapes import ShapeError, as_hh
 from dpo_helpers.settings import load_settings
@@ -160,21 +158,6 @@ def test_bounds_hold_for_arrays_and_tables(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "x" * 200)
     with pytest.raises(DataError, match=r"a\.csv: a line is longer than 100 bytes; is it a table"):
         load_pairs(load_settings("mini", dataset=str(tmp_path / "a.csv")))
-
-
-def test_of_a_chat_template_it_is_said_that_it_is_not_applied(small, monkeypatch, capsys):
-    stages.get_data(small)
-    assert "chat template" not in capsys.readouterr().out
-    load = stages.load_tokenizer
-
-    def templated(settings):
-        tokenizer = load(settings)
-        tokenizer.chat_template = "{{ messages }}"
-        return tokenizer
-
-    monkeypatch.setattr(stages, "load_tokenizer", templated)
-    stages.get_data(replace(small, runs_dir=f"{small.runs_dir}-2"))
-    assert "the tokenizer has a chat template, which is not applied" in capsys.readouterr().out
 
 
 def test_unpaired_rows_are_refused_by_name(tmp_path):

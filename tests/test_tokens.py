@@ -25,7 +25,7 @@ class Letters:
 
     eos_token_id = 0
 
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True, split_special_tokens=True):
         return [ord(c) - 96 for c in text]
 
     def decode(self, ids):

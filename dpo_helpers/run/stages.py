@@ -56,6 +56,7 @@ def get_data(settings: Settings) -> Data:
         if artefact.mine:
             list_of_all.unlink(missing_ok=True)
             form = "the tokenizer's chat template" if has_template(tokenizer) else "HH's Human and Assistant markers"
+            form += " (--template none)" if settings.template == "none" else ""
             if settings.model != EMBEDDED:
                 print(f"prompts and responses are written with {form}")
             artefact.about["prompts"] = form
