@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .errors import SettingsError
 from .settings import check_loss
 
 
@@ -19,7 +20,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     lengths: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the implicit rewards of each pair, for DPO and three of its relatives.
+    """The loss and the implicit rewards of each pair, for DPO and five of its relatives.
 
     The four inputs are log p(response | prompt), each [B]; beta > 0 weighs the KL to the reference. With the
     log-ratio margin h = (policy chosen - reference chosen) - (policy rejected - reference rejected):
@@ -31,27 +32,33 @@ def dpo_loss(
     "hinge": max(0, 1 - βh) (SLiC, Zhao et al. 2023)
     "ipo": (h - 1/(2β))² (Azar et al. 2023, eq. 17). A squared margin would grow with the length of the responses; so
         with lengths, the numbers of tokens of the chosen and rejected responses, [B] each, h is of log-probabilities
-        per token, as in TRL, whose authors had this confirmed by those of IPO. Other losses do not use the lengths
+        per token, as in TRL, whose authors had this confirmed by those of IPO
+    "sigmoid_norm": -log σ(βh) with h per token, as for ipo (Lambert et al. 2024, "Tülu 3", eq. 6); needs lengths
+    "apo_zero": σ(-chosen reward) + σ(rejected reward), each side by itself (D'Oosterlinck et al. 2024, eq. 7, plus 1)
 
-    Names as in TRL's `DPOConfig.loss_type`. Returns (losses, chosen rewards, rejected rewards), each [B]; the
-    rewards β × log-ratio are detached, in the units of the true reward, up to a constant of the prompt. Raises
-    SettingsError for values out of range: no value is ignored.
+    Names as in TRL. Returns (losses, chosen rewards, rejected rewards), each [B]; the rewards β × log-ratio are
+    detached, in the units of the true reward, up to a constant of the prompt. Raises SettingsError for values out of
+    range: none is ignored, but for the lengths, which other losses do not use.
     """
     check_loss(beta, loss_type, label_smoothing)
+    if loss_type == "sigmoid_norm" and lengths is None:
+        raise SettingsError("lengths is None, but loss_type 'sigmoid_norm' needs them")
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     h = chosen_logratios - rejected_logratios
+    if lengths and loss_type in ("ipo", "sigmoid_norm"):
+        h = chosen_logratios / lengths[0] - rejected_logratios / lengths[1]
     right, wrong = -logsigmoid(beta * h), -logsigmoid(-beta * h)
-    if loss_type == "sigmoid":
+    if loss_type in ("sigmoid", "sigmoid_norm"):
         losses = (1 - label_smoothing) * right + label_smoothing * wrong
     elif loss_type == "robust":
         losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
     elif loss_type == "hinge":
         losses = (1 - beta * h).relu()
-    else:
-        if lengths is not None:
-            h = chosen_logratios / lengths[0] - rejected_logratios / lengths[1]
+    elif loss_type == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
+    else:
+        losses = (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 

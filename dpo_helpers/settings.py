@@ -19,7 +19,7 @@ from .errors import SettingsError
 EMBEDDED = "embedded"  # name of the model and of the data set that ship in the package
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 HH_REVISION = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")  # of `losses.dpo_loss`, with TRL's names
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero")  # of `losses.dpo_loss`, with TRL's names
 SMOOTHED = ("sigmoid", "robust")  # the losses that know of wrong labels
 
 
@@ -106,7 +106,7 @@ class Settings:
     beta: float = _setting(0.5, "weight of the KL to the reference; study: 0.5; paper: 0.1")
     betas: tuple[float, ...] = _setting((0.1, 0.5, 1.0, 5.0), "the sweep; study: 0.1,0.5,1,5", each(BETA, 1))
     frontier_betas: tuple[float, ...] = _setting((0.05,), "more β for the frontier; paper: 0.05", each(BETA))
-    loss_type: str = _setting("sigmoid", "sigmoid (DPO), ipo, hinge or robust; names as in TRL")
+    loss_type: str = _setting("sigmoid", "sigmoid (DPO), " + ", ".join(LOSS_TYPES[1:]) + "; names as in TRL")
     label_smoothing: float = _setting(0.0, "share of labels taken to be wrong, for sigmoid (cDPO) and robust")
     init_from: str = _setting("base", "π_ref: base, the plain model (study), or sft (paper)", one_of("base", "sft"))
     prompts: int = _setting(120, "held-out prompts that are answered to measure KL and text", PROMPTS)

@@ -146,13 +146,16 @@ def test_longer_wins_by_hand(monkeypatch):
 
 
 def test_metrics_follow_the_loss_type():
-    """β = 0.5, log-ratios +2 and -1: ipo per token of 4: (0.5 + 0.25 - 1)² = 0.0625; hinge max(0, 1 - 1.5) = 0.
+    """β = 0.5, log-ratios +2 and -1: ipo per token of 4: (0.5 + 0.25 - 1)² = 0.0625; hinge max(0, 1 - 1.5) = 0;
+    sigmoid_norm ln(1 + e^-0.375) = 0.523123; apo_zero σ(-1) + σ(-0.5) = 0.646482.
 
     Smoothed by 0.1, as in `test_losses.test_label_smoothing_literal`: 0.351413.
     """
     policy, reference = scores([-8.0], [-11.0]), scores([-10.0], [-10.0])
     assert pair_values(policy, reference, 0.5, "ipo")["loss"].item() == pytest.approx(0.0625)
     assert pair_values(policy, reference, 0.5, "hinge")["loss"].item() == 0.0
+    assert pair_values(policy, reference, 0.5, "sigmoid_norm")["loss"].item() == pytest.approx(0.523123, abs=1e-6)
+    assert preference_metrics(policy, reference, 0.5, "apo_zero")["loss"] == pytest.approx(0.646482, abs=1e-6)
     assert pair_values(policy, reference, 0.5, "ipo")["reward_margin"].item() == 1.5
     assert pair_values(policy, reference, 0.5, "sigmoid", 0.1)["loss"].item() == pytest.approx(0.351413, abs=1e-6)
 

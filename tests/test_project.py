@@ -192,7 +192,7 @@ ERRORS = {
     "more pairs": ({"max_pairs": 25}, r"max_pairs is 25, but the main run has 24 training pairs: give fewer"),
     "type": ({"freeze_layers": "10"}, r"freeze_layers is '10', but must be of type int"),
     "bool": ({"epochs": True}, r"epochs is True, but must be of type int"),
-    "value": ({"loss_type": "dpo"}, r"loss_type is 'dpo', but must be one of sigmoid, ipo, hinge, robust"),
+    "value": ({"loss_type": "dpo"}, r"loss_type is 'dpo', but must be one of sigmoid, ipo, hinge, robust, sig"),
     "blocks": ({"freeze_layers": 13}, r"freeze_layers is 13, but the model 'embedded' has 12 blocks"),
 }  # fmt: skip
 

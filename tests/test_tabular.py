@@ -96,6 +96,11 @@ def test_bad_optimizers(world):
         tabular.fit(world, tabular.infinite_preferences(world), 1.0, optimizer="adam", rate=0.1)
 
 
+def test_a_table_knows_no_lengths(world):
+    with pytest.raises(SettingsError, match="lengths is None, but loss_type 'sigmoid_norm' needs them"):
+        tabular.fit(world, tabular.infinite_preferences(world), 1.0, loss_type="sigmoid_norm", steps=1)
+
+
 def test_label_smoothing_for_flipped_labels(world):
     """20 % of the labels flipped: plain DPO ends elsewhere, "robust" with ε = 0.2 at π* all the same, and cDPO, which
     asks for the flipped preferences to be explained, where plain DPO on clean labels with smoothing would."""

@@ -137,11 +137,13 @@ def test_dropout_is_off_even_if_the_model_comes_in_training_mode(cpu):
         ("robust", 0.1, 0.013913),
         ("ipo", 0.0, 0.0),
         ("hinge", 0.0, 0),
+        ("sigmoid_norm", 0.0, 0.474077),
+        ("apo_zero", 0.0, 0.646482),
     ],
 )
 def test_the_objective_by_hand(loss_type, smoothing, loss):
     """β = 0.5. Of the pairs at 2 and 0 the first has log-ratios +2 and -1, βh = 1.5, as in `test_losses`; ipo over 4 and
-    2 tokens: (0.5 + 0.5 - 1)² = 0. The other one's are 3 and 3, a tie: not right."""
+    2 tokens: (0.5 + 0.5 - 1)² = 0; sigmoid_norm: ln(1 + e^-0.5); apo_zero: σ(-1) + σ(-0.5) = 0.268941 + 0.377541. The other one's are 3 and 3, a tie: not right."""
     lengths = torch.tensor([4, 9, 4]), torch.tensor([2, 9, 2])
     reference = PairScores(torch.tensor([-8.0, 0.0, -10.0]), torch.tensor([-7.0, 0.0, -9.0]), *lengths)
     objective = DPOObjective(reference, 0.5, loss_type, smoothing)

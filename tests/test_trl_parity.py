@@ -23,7 +23,7 @@ from dpo_helpers.tokens import collate, encode_pair
 from dpo_helpers.training import DPOObjective, TrainPlan
 
 BETA, ROWS, UPDATES = 0.3, 8, 20
-KINDS = [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.2)]
+KINDS = [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.2), ("sigmoid_norm", 0.0), ("apo_zero", 0.0)]
 
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"]

@@ -95,7 +95,9 @@ def fit(
     """Minimise `expected_loss` from π_ref on; returns the policy's log-probabilities, [K].
 
     optimizer: "descent", plain gradient descent, by default at the rate 1 / (largest possible curvature), under which
-    the loss falls at every step; or "rmsprop", as in the course, which needs a rate.
+    the loss of "sigmoid", "robust" and "ipo" falls at every step ("hinge" has a kink, and "apo_zero", which is no
+    function of the margin, bends more where β is small: give a smaller rate); or "rmsprop", as in the course, which
+    needs a rate. A table knows no lengths: "sigmoid_norm" is a SettingsError.
     """
     if rate is None:
         if optimizer != "descent":
