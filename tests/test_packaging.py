@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -78,3 +79,18 @@ def test_threads_that_wait_leave_the_core_to_others_unless_told_otherwise(given,
     environment |= {"OMP_WAIT_POLICY": given} if given else {}
     done = subprocess.run([sys.executable, "-c", IMPORTED], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert json.loads(done.stdout) == [expected, False]
+
+
+WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+
+
+def test_the_workflow_runs_what_ci_runs_and_may_only_read():
+    assert [step["run"] for step in WORKFLOW["jobs"]["course"]["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert set(WORKFLOW[True]) == {"push", "pull_request", "workflow_dispatch"}, "YAML takes the key `on` for true"
+    for job in WORKFLOW["jobs"].values():
+        assert "permissions" not in job, "more than those of all jobs"
+        assert job["timeout-minutes"] <= 90
+        used = [step["uses"] for step in job["steps"] if "uses" in step]
+        assert all(re.fullmatch(r"actions/(checkout|setup-python)@v\d+", action) for action in used), used
