@@ -16,7 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 COURSE = (
     "torch", "transformers", "datasets", "accelerate", "jupyterlab", "matplotlib", "seaborn", "nbval", "tqdm", "typer",
@@ -54,10 +55,9 @@ def test_no_functions_or_modules_that_need_scrolling():
 
 def test_every_data_file_of_the_package_is_installed_with_it():
     """An editable install finds files that a wheel, as on Colab, would lack: each must be named as package data."""
-    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     patterns = [
         (ROOT / package.replace(".", "/"), pattern)
-        for package, listed in tool["setuptools"]["package-data"].items()
+        for package, listed in PYPROJECT["tool"]["setuptools"]["package-data"].items()
         for pattern in listed
     ]
     assert all((folder / "__init__.py").is_file() for folder, _ in patterns)
@@ -82,6 +82,7 @@ def test_threads_that_wait_leave_the_core_to_others_unless_told_otherwise(given,
 
 
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+STEPS = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
 
 
 def test_the_workflow_runs_what_ci_runs_and_may_only_read():
@@ -94,3 +95,18 @@ def test_the_workflow_runs_what_ci_runs_and_may_only_read():
         assert job["timeout-minutes"] <= 90
         used = [step["uses"] for step in job["steps"] if "uses" in step]
         assert all(re.fullmatch(r"actions/(checkout|setup-python)@v\d+", action) for action in used), used
+
+
+def test_binder_and_codespaces_install_the_pins_on_the_python_of_ci():
+    install = (ROOT / ".binder/postBuild").read_text().splitlines()[-1].split()
+    assert install[:3] == ["uv", "pip", "install"]
+    assert " ".join(install).endswith("--torch-backend cpu -c constraints.txt -e .")
+    assert os.access(ROOT / ".binder/postBuild", os.X_OK)
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert container["postCreateCommand"] == "bash .binder/postBuild"
+    named = {
+        (ROOT / ".binder/runtime.txt").read_text().strip().removeprefix("python-"),
+        container["image"].removeprefix("python:"),
+        *(step["with"]["python-version"] for step in STEPS if "setup-python" in step.get("uses", "")),
+    }
+    assert named == {PYPROJECT["tool"]["mypy"]["python_version"]}, "one Python, the one that types are checked for"
