@@ -110,3 +110,17 @@ def test_binder_and_codespaces_install_the_pins_on_the_python_of_ci():
         *(step["with"]["python-version"] for step in STEPS if "setup-python" in step.get("uses", "")),
     }
     assert named == {PYPROJECT["tool"]["mypy"]["python_version"]}, "one Python, the one that types are checked for"
+
+
+def test_the_citation_is_one_of_this_version():
+    """Required by the Citation File Format 1.2.0: these four keys, an author with a name, a type and authors of works."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert citation["message"].endswith(".")
+    assert f"# {citation['title']}\n" in (ROOT / "README.md").read_text()
+    assert citation["authors"] == [{"name": "The authors of this course"}]
+    (paper,) = citation["references"]
+    assert paper["url"] == PROJECT["urls"]["Paper"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert "repository-code" not in citation, "the course's address is in dpo_helpers/tools/skeleton.py, and nowhere else"
