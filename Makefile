@@ -19,25 +19,29 @@ TOOLS := build/tools/bin
 RESOLVE := $(TOOLS)/uv pip compile -q --universal --python-version 3.10 --only-binary :all: --no-annotate --no-header
 QUIET := TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 
-.PHONY: course test lint unit notebooks test-browser lab regenerate site links lock audit licences clean
-course: .venv/.course
+.PHONY: course help test lint unit notebooks test-browser lab regenerate site links lock audit licences clean
+course: .venv/.course  ## set-up, all seven notebooks and the report
 	$(BIN)/python -m dpo_helpers course --profile "$$PROFILE" $(if $(BEYOND),--beyond)
 
-test: lint unit notebooks
+help:  ## this list
+	@awk -F ' *:.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' Makefile
+	@sed -n 's/^#   /  /p' Makefile
 
-lint: .venv/.dev
+test: lint unit notebooks  ## set-up, lint, types, unit tests and the notebooks' outputs
+
+lint: .venv/.dev  ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # One thread per test process: the models of most tests are too small for two.
-unit: .venv/.dev
+unit: .venv/.dev  ## the unit tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder tests
 
 # First a run of all stages in a fresh folder, so that nothing left by an earlier one is taken for a result; then the
 # notebooks on that run, side by side, their outputs compared strictly.
-notebooks: .venv/.dev
+notebooks: .venv/.dev  ## the notebooks, their outputs compared strictly
 	rm -rf build/nbval-runs
 	$(QUIET) $(BIN)/python -m dpo_helpers all --profile mini --runs-dir build/nbval-runs
 	$(QUIET) OMP_NUM_THREADS=1 DPO_PROFILE=mini DPO_RUNS_DIR="$$PWD/build/nbval-runs" \
@@ -45,35 +49,35 @@ notebooks: .venv/.dev
 	  notebooks/[0-9]*.ipynb notebooks/beyond/*.ipynb
 
 # What a reader does, in headless Chromium: run notebooks 4 and 5 in JupyterLab, move the sliders; read the site.
-test-browser: .venv/.dev
+test-browser: .venv/.dev  ## notebooks and site in headless Chromium
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/browser
 
-lab: .venv/.course
+lab: .venv/.course  ## the notebooks in JupyterLab, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
 # Execute the notebooks and keep the outputs in them; then read the differences before committing.
-regenerate: .venv/.dev
+regenerate: .venv/.dev  ## execute the notebooks and keep the outputs in them
 	$(BIN)/python -m dpo_helpers lesson
 	DPO_RUNS_DIR="$$PWD/runs" $(BIN)/python -m dpo_helpers course --profile mini --in-place --beyond
 	cp runs/mini/figures/06-frontier.png docs/frontier.png
 
 # The notebooks as pages that need no network, neither to build nor to read: open build/site/index.html in a browser.
-site: .venv/.dev
+site: .venv/.dev  ## the notebooks as pages: build/site/index.html
 	$(BIN)/python docs/build_site.py
 
 # Optional, and needs a network: does every other site that the notebooks link to answer?
-links: .venv/.dev
+links: .venv/.dev  ## do the sites answer that the notebooks link to?
 	$(BIN)/python docs/build_site.py --links
 
 # Optional, with tools of their own. The first: resolve constraints.txt, keeping what still fits. Beside it, for who keeps
 # an index of their own: build/requirements-hashed.txt, the sha256 of each wheel, for pip install --require-hashes -r.
-lock: build/tools/.made
+lock: build/tools/.made  ## resolve constraints.txt
 	echo torch==2.13.0 > build/torch.txt
 	$(RESOLVE) pyproject.toml --all-extras -c build/torch.txt -o constraints.txt
 	$(RESOLVE) constraints.txt --no-deps --generate-hashes -o build/requirements-hashed.txt
 
 # Known holes in the pins that this Python and system take. --strict: a package that the service does not know fails.
-audit: build/tools/.made
+audit: build/tools/.made  ## known holes in the pinned versions
 	@rm -f build/audit.txt
 	@$(TOOLS)/pip-audit --strict --disable-pip --no-deps -r constraints.txt --progress-spinner off -o build/audit.txt \
 	    2> build/audit.log && echo "audit: no known holes in the pinned versions" || { \
@@ -82,7 +86,7 @@ audit: build/tools/.made
 	    "from here, or does not know the package above; try again where it can be"; fi >&2; exit 1; }
 
 # The table at the end of LICENSES.md, of what is installed here.
-licences: .venv/.dev build/tools/.made
+licences: .venv/.dev build/tools/.made  ## the table at the end of LICENSES.md
 	$(TOOLS)/pip-licenses --python=$(BIN)/python --with-system --format=markdown --ignore-packages dpo-helpers pip \
 	  --output-file=build/licences.txt
 	sed '/^| Name/,$$d' LICENSES.md > build/LICENSES.md
@@ -115,5 +119,5 @@ build/tools/.made:
 	$(PIP) -e '.[dev,site]'
 	@touch $@
 
-clean:
+clean:  ## remove .venv and build
 	rm -rf .venv build

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -124,3 +125,14 @@ def test_the_citation_is_one_of_this_version():
     assert paper["url"] == PROJECT["urls"]["Paper"]
     assert {"type", "title", "authors"} <= paper.keys()
     assert "repository-code" not in citation, "the course's address is in dpo_helpers/tools/skeleton.py, and nowhere else"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_help_has_a_line_for_each_target_and_course_is_the_default():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.+)$", makefile, re.M)[1].split()
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = dict(re.findall(r"^make ([a-z-]+) +(\S.*)$", said, re.M))
+    assert sorted(listed) == sorted(targets)
+    assert "  PROFILE=gpt2 " in said
+    assert re.search(r"^([a-z-]+):", makefile, re.M)[1] == "course"
