@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand
 
 from .errors import CourseError
 from .run import processes
@@ -26,9 +27,29 @@ if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes, the first 
     os.environ["TQDM_DISABLE"] = "1"
 
 app = typer.Typer(
-    help="Direct Preference Optimization by doing it: the stages of the course, headless.",
     rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+
+
+# What --help writes above an option and those after it; the settings are in the order of their dataclass.
+GROUPS = {
+    "profile": "Model and data", "freeze_layers": "Training", "beta": "DPO", "prompts": "Evaluation", "trunk_gb": "Run",
+    "help": "Options",
+}  # fmt: skip
+
+
+class _Grouped(TyperCommand):
+    """A command whose help shows its options in groups: typer does so through rich alone, which swallows [...]."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        title, groups = "Options", dict[str, list[tuple[str, str]]]()
+        for parameter in self.get_params(ctx):
+            title = GROUPS.get(str(parameter.name), title)
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def _option(name: str, kind: str, meaning: str) -> inspect.Parameter:
@@ -101,9 +122,33 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
                 start_over(settings.run_dir)
             run(settings, **own_values)
 
-    _command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
-    app.command(run.__name__.rstrip("_").replace("_", "-"), help=inspect.getdoc(run))(_command)
+    _command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    app.command(run.__name__.rstrip("_").replace("_", "-"), cls=_Grouped, help=inspect.getdoc(run))(_command)
     return run
+
+
+def _show_versions(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    from .tools.versions import installed_versions
+
+    with _plain_errors():
+        found = {row.package: row.installed for row in installed_versions()}
+        found["dpo-helpers"] = version("dpo-helpers")
+        print(", ".join(f"{name} {found[name]}" for name in ("dpo-helpers", "torch", "transformers", "datasets")))
+    raise typer.Exit
+
+
+@app.callback()
+def _first(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_versions, is_eager=True, help="what is installed, for a report"),
+    ] = False,
+) -> None:
+    """Direct Preference Optimization by doing it: the stages of the course, headless."""
 
 
 def _say_where(model: Any) -> None:

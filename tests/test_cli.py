@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from conftest import ROOT, SMALL
 from dpo_helpers.cli import app
 from dpo_helpers.run import stages
+from dpo_helpers.settings import Settings
 from dpo_helpers.worlds.embedded import preference_rows
 
 
@@ -59,6 +62,38 @@ def test_versions_lists_what_is_installed():
     result = CliRunner().invoke(app, ["versions"])
     assert result.exit_code == 0
     assert re.search(r"^transformers +5\.\S+ +wanted >=5\.5$", result.stdout, re.M)
+
+
+def test_version_is_one_line_with_what_decides_the_numbers():
+    result = CliRunner().invoke(app, ["--version"])
+    names = ("dpo-helpers", "torch", "transformers", "datasets")
+    assert (result.exit_code, result.stdout) == (0, ", ".join(f"{name} {version(name)}" for name in names) + "\n")
+
+
+def test_version_where_the_course_is_not_installed_is_one_line_and_status_2(monkeypatch):
+    monkeypatch.setattr("dpo_helpers.tools.versions.requires", lambda _: version("no-such-package"))
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 2
+    assert re.fullmatch("error: dpo-helpers itself is not installed, .*: run make course, or pip .*\n", result.stderr)
+
+
+def test_help_shows_the_settings_in_groups_and_a_commands_own_options_apart():
+    parts = re.split(r"\n([A-Z].*):\n", run("course", "--help").stdout)
+    groups = {
+        name: re.findall(r"^  --([a-z-]+)", text, re.M) for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    assert groups.pop("Options") == ["in-place", "beyond", "fresh", "help"]
+    ends = {name: (options[0], options[-1]) for name, options in groups.items()}
+    assert ends == {
+        "Model and data": ("profile", "max-prompt-length"),
+        "Training": ("freeze-layers", "max-grad-norm"),
+        "DPO": ("beta", "init-from"),
+        "Evaluation": ("prompts", "curve-points"),
+        "Run": ("trunk-gb", "runs-dir"),
+    }
+    assert [option for options in groups.values() for option in options] == [
+        field.name.replace("_", "-") for field in fields(Settings)
+    ]
 
 
 def test_help_documents_every_setting_with_both_profiles():

@@ -124,7 +124,9 @@ def test_the_citation_is_one_of_this_version():
     (paper,) = citation["references"]
     assert paper["url"] == PROJECT["urls"]["Paper"]
     assert {"type", "title", "authors"} <= paper.keys()
-    assert "repository-code" not in citation, "the course's address is in dpo_helpers/tools/skeleton.py, and nowhere else"
+    assert "repository-code" not in citation, (
+        "the course's address is in dpo_helpers/tools/skeleton.py, and nowhere else"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
