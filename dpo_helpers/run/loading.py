@@ -149,7 +149,8 @@ def _plain(model: Any) -> Any:
     """A GGUF model without its quantisation record: its weights are float32 by now, but it refuses to be saved."""
     from transformers import AutoModelForCausalLM
 
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # transformers 5.5.0 to 5.12.1 leave none
+        del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     return plain
