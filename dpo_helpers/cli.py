@@ -23,7 +23,9 @@ from .run.disk import start_over
 from .settings import PROFILES, Settings, load_settings, parse_value
 from .untrusted import one_line
 
-if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes, the first one draws the progress bars
+# Progress bars are for terminals, not for logs, and of several processes the first one draws them. tqdm's own question
+# whether it writes to a terminal (disable=None) would hide them in JupyterLab, which is none.
+if os.environ.get("LOCAL_RANK", "0") != "0" or not (sys.stderr and sys.stderr.isatty()):
     os.environ["TQDM_DISABLE"] = "1"
 
 app = typer.Typer(

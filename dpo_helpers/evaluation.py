@@ -45,9 +45,9 @@ def score_pairs(
     scorer: of these pairs (it may know more, behind them). name: of the progress bar; without one there is none.
     Raises TrainingError, naming rows, where a log-probability is not finite.
     """
-    order = by_length(pairs)
+    order, starts = by_length(pairs), range(0, len(pairs), batch_size)
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
-    for start in tqdm(range(0, len(pairs), batch_size), desc=name, unit="batch", disable=None if name else True):
+    for start in tqdm(starts, desc=name, unit="batch") if name else starts:
         at = order[start : start + batch_size]
         with compute.autocast():
             of_chosen, of_rejected = scorer(model, at)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
 
@@ -105,6 +106,37 @@ def test_help_documents_every_setting_with_both_profiles():
         assert option in out, option
     words = " ".join(out.split())
     assert "of DPO; study and paper: 1e-6 [mini: 0.0005; gpt2: 1e-06]" in words
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_drawn_in_a_terminal_and_not_into_a_log(tmp_path, terminal):
+    import fcntl
+    import struct
+    import termios
+
+    read, write = os.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(write, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("DPO_", "TQDM_"))}
+    options = ["--max-pairs", "16", "--held-out-pairs", "8", "--runs-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "dpo_helpers", "reference", *options]
+    with subprocess.Popen(command, env=env | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=write):
+        os.close(write)
+        said = ""
+        with suppress(OSError), open(read, encoding="utf-8") as stream:  # Linux ends a terminal with an error
+            for line in stream:
+                said += line
+    bars = re.findall(r"scoring held_out pairs: 100%.* 1/1 ", said)
+    assert bool(bars) == terminal
+    assert terminal or said == ""
+
+
+def test_no_bar_asks_for_a_terminal_by_itself():
+    """tqdm's disable=None would hide it in JupyterLab, whose standard error is no terminal."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "dpo_helpers").rglob("*.py")]
+    assert sum("tqdm(" in source for source in sources) == 5
+    assert not any(re.search(r"tqdm\(.*disable=", source) for source in sources)
 
 
 def test_a_terminal_without_utf_8_gets_the_numbers_of_what_it_lacks():

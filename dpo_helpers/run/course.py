@@ -122,7 +122,7 @@ def _run(
     code = sum(cell.cell_type == "code" for cell in notebook.cells)
     begun: list[int] = []
     started = time.perf_counter()
-    with tqdm(total=code, desc=source.stem, unit="cell", leave=False, disable=None) as bar:
+    with tqdm(total=code, desc=source.stem, unit="cell", leave=False) as bar:
         client = NotebookClient(
             notebook, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(source.parent)}},
