@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Compute:
@@ -22,6 +20,5 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[object]:
         """A context in which models run in this precision."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()

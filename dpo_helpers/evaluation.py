@@ -1,7 +1,4 @@
-"""Measure a model: rewards and accuracy on held-out pairs, KL to the reference on its own samples.
-
-Every mean comes with its standard error, so a difference can be told from noise.
-"""
+"""Measure a model: rewards on held-out pairs, KL to the reference on its own samples; means with standard errors."""
 
 from __future__ import annotations
 

@@ -50,18 +50,9 @@ def row_uniforms(index: int, steps: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    compute: Compute,
-    seed: int = 0,
-    temperature: float = 1.0,
-    max_prompt_length: int = 128,
-    batch_size: int = 80,
-    name: str = "sampling",
-) -> list[Response]:
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, compute: Compute, seed: int = 0,
+    temperature: float = 1.0, max_prompt_length: int = 128, batch_size: int = 80, name: str = "sampling",
+) -> list[Response]:  # fmt: skip
     """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
 
     Longer prompts than `max_prompt_length` tokens keep their last ones. Prompts of like length share a batch. A model's

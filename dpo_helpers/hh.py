@@ -52,11 +52,8 @@ def single_turn(question: str) -> str:
 
 
 def as_messages(prompt: str) -> list[dict[str, str]]:
-    """A prompt as a chat template takes it: messages with role and content; a text before the first marker is system's.
-
-    The last Assistant's turn, which is still to come, is none of them.
-    """
-    system, *turns = re.split(f"({HUMAN}|{ASSISTANT})", prompt.removesuffix(ASSISTANT))
+    """A prompt as a chat template takes it: its turns so far; a text before the first marker is the system's."""
+    system, *turns = re.split(f"({HUMAN}|{ASSISTANT})", prompt.removesuffix(ASSISTANT))  # text, mark, text, mark, …
     spoken = [
         ("user" if mark == HUMAN else "assistant", text) for mark, text in zip(turns[::2], turns[1::2], strict=True)
     ]

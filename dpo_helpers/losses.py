@@ -10,16 +10,11 @@ from .settings import check_loss
 
 
 def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
+    *, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0,
     lengths: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss and the implicit rewards of each pair, for DPO and five of its relatives.
 
     The four inputs are log p(response | prompt), each [B]; beta > 0 weighs the KL to the reference. With the

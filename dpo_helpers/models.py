@@ -54,10 +54,8 @@ def _run_to(model: Any, block: nn.Module) -> tuple[list[nn.Module], Tensor]:
         read.append(args[0] if args else kwargs["hidden_states"])
         raise _Reached
 
-    hooks = (
-        register_module_forward_hook(lambda m, *_: ran.append(m)),
-        block.register_forward_pre_hook(_stop, with_kwargs=True),
-    )
+    to_block = block.register_forward_pre_hook(_stop, with_kwargs=True)
+    hooks = (register_module_forward_hook(lambda m, *_: ran.append(m)), to_block)
     with suppress(_Reached):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
     for hook in hooks:

@@ -130,10 +130,7 @@ class Settings:
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this profile's run: <runs_dir>/<profile>.
-
-        Without runs_dir: runs/ in the nearest folder upwards that holds the course, else in the working directory.
-        """
+        """<runs_dir>/<profile>; by default in runs/ of the nearest folder upwards with the course, or of this one."""
         upwards = (Path.cwd(), *Path.cwd().parents)
         holds = (at for at in upwards if (at / "pyproject.toml").is_file() and (at / "notebooks").is_dir())
         return (Path(self.runs_dir) if self.runs_dir else next(holds, upwards[0]) / "runs") / self.profile
@@ -153,19 +150,19 @@ PROFILES: dict[str, Settings] = {
 }  # fmt: skip
 
 
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_READ: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "bool": lambda x: _WORDS[x.lower()], "tuple": lambda x: (*map(float, x.split(",")),)
+}  # fmt: skip
+
+
 def parse_value(name: str, text: str) -> Any:
     """The value of field `name` written as text, as on the command line; raises SettingsError."""
     kind = str({f.name: f.type for f in fields(Settings)}[name])
     try:
-        if kind.startswith("tuple"):
-            return tuple(float(part) for part in text.split(","))
-        if kind.startswith("bool"):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if kind.startswith(("int", "float")):
-            return int(text) if kind.startswith("int") else float(text)
+        return _READ.get(kind.partition("[")[0].removesuffix(" | None"), str)(text)
     except (ValueError, KeyError):
         raise SettingsError(f"{name} is {text!r}, but must be of the form {kind}") from None
-    return text
 
 
 def load_settings(profile: str = "mini", **overrides: Any) -> Settings:

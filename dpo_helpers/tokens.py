@@ -102,12 +102,9 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: nothing for GPT-2, the beginning-of-text token for Llama and Gemma.
-
-    A chat template writes it itself.
-    """
+    """What the tokenizer puts before a text: nothing for GPT-2, the beginning-of-text token for Llama and Gemma."""
     if has_template(tokenizer):
-        return []
+        return []  # the template writes it
     first, whole = encode_text(tokenizer, "a")[0], list(tokenizer.encode("a"))
     return whole[: whole.index(first)] if first in whole else []
 
@@ -141,11 +138,10 @@ def encode_pairs(
     start, apart, is_chat, stream = start_ids(tokenizer), _joins(tokenizer), has_template(tokenizer), iter(pairs)
     while part := list(islice(stream, chunk)):
         texts = prompt_texts(tokenizer, [pair.prompt for pair in part])
-        prompts, both_sides = encode_texts(tokenizer, texts, special=is_chat), list[str]()
-        for pair, text in zip(part, texts, strict=True):
-            sides = (pair.chosen.strip(), pair.rejected.strip()) if is_chat else (pair.chosen, pair.rejected)
-            both_sides += [side if apart else text + side for side in sides]
-        ids = iter(encode_texts(tokenizer, both_sides, special=is_chat and not apart))
+        prompts = encode_texts(tokenizer, texts, special=is_chat)
+        sides = [(text, side) for text, pair in zip(texts, part, strict=True) for side in (pair.chosen, pair.rejected)]
+        whole = [("" if apart else text) + (side.strip() if is_chat else side) for text, side in sides]
+        ids = iter(encode_texts(tokenizer, whole, special=is_chat and not apart))
         for pair, prompt, *both in zip(part, prompts, ids, ids, strict=False):
             shared = 0 if apart else len(prompt)
             if any(side[:shared] != prompt[:shared] for side in both):

@@ -152,17 +152,9 @@ class Watch:
 
 
 def train(
-    model: Any,
-    pairs: Sequence[EncodedPair],
-    scorer: Scorer,
-    objective: Objective,
-    plan: TrainPlan,
-    compute: Compute,
-    *,
-    gradient: WholeBatch | None = None,
-    watch: Watch | None = None,
-    name: str = "training",
-) -> list[MetricsRow]:
+    model: Any, pairs: Sequence[EncodedPair], scorer: Scorer, objective: Objective, plan: TrainPlan, compute: Compute,
+    *, gradient: WholeBatch | None = None, watch: Watch | None = None, name: str = "training",
+) -> list[MetricsRow]:  # fmt: skip
     """Train the model's trainable parameters in place; returns the metrics, one row per update (and those of `watch`).
 
     scorer: where log-probabilities come from, over these pairs (it may know more, behind them). gradient: how a

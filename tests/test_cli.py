@@ -86,7 +86,7 @@ def test_help_shows_the_settings_in_groups_and_a_commands_own_options_apart():
     assert groups.pop("Options") == ["in-place", "beyond", "fresh", "help"]
     ends = {name: (options[0], options[-1]) for name, options in groups.items()}
     assert ends == {
-        "Model and data": ("profile", "max-prompt-length"),
+        "Model and data": ("profile", "template"),
         "Training": ("freeze-layers", "max-grad-norm"),
         "DPO": ("beta", "init-from"),
         "Evaluation": ("prompts", "curve-points"),
