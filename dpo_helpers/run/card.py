@@ -12,7 +12,6 @@ from ..untrusted import one_line
 from .sources import source_of
 
 LICENSES = {EMBEDDED: "mit", "openai-community/gpt2": "mit"}
-DATASETS = {"Anthropic/hh-rlhf"}  # names that a card may give as data sets of the Hub
 MEASURED = {
     "kl": "KL(π_θ‖π_ref), nats per response",
     "true_reward": "true reward of sampled answers",
@@ -46,7 +45,7 @@ def model_card(
     rendered by a chat template. The metadata names model and
     data set only where they are the Hub's: a local name could be taken for somebody else's repository.
     """
-    base = source_of(settings, "model")
+    base, dataset = source_of(settings, "model"), source_of(settings, "dataset").hub_id
     data = ModelCardData(
         language="en",
         license=LICENSES.get(settings.model),
@@ -54,7 +53,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization", "course"],
         base_model=base.hub_id,
-        datasets=[settings.dataset] if settings.dataset in DATASETS else None,
+        datasets=[dataset] if dataset else None,
     )
     names = list(comparison)
     rows = [
