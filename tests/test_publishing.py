@@ -137,17 +137,17 @@ def problems(metadata):
 
 
 SAID = {
-    "language": "en", "library_name": "transformers", "pipeline_tag": "text-generation",
+    "library_name": "transformers", "pipeline_tag": "text-generation",
     "tags": ["dpo", "preference-optimization", "course"],
 }  # fmt: skip
 GPT2 = {"license": "mit", "base_model": "openai-community/gpt2"}
 CARDS = {
-    "embedded": ({}, {"license": "mit"}),
+    "embedded": ({}, {"license": "mit", "language": "en"}),
     "the study's": ({"model": "openai-community/gpt2", "dataset": "Anthropic/hh-rlhf"},
-                    {**GPT2, "datasets": ["Anthropic/hh-rlhf"]}),
+                    {**GPT2, "language": "en", "datasets": ["Anthropic/hh-rlhf"]}),
     "another data set of the Hub": ({"model": "openai-community/gpt2", "dataset": "some/pairs"},
                                     {**GPT2, "datasets": ["some/pairs"]}),
-    "another model of the Hub": ({"model": "some/model"}, {"base_model": "some/model"}),
+    "another model of the Hub": ({"model": "some/model"}, {"base_model": "some/model", "language": "en"}),
     "a model and data of one's own": ({"model": "my/model", "dataset": "Anthropic/hh-rlhf"}, {}),
 }  # fmt: skip
 

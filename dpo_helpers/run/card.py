@@ -11,7 +11,7 @@ from ..settings import EMBEDDED, Settings
 from ..untrusted import one_line
 from .sources import source_of
 
-LICENSES = {EMBEDDED: "mit", "openai-community/gpt2": "mit"}
+LICENSES = {EMBEDDED: "mit", "openai-community/gpt2": "mit"}  # of the two GPT-2 of the course
 MEASURED = {
     "kl": "KL(π_θ‖π_ref), nats per response",
     "true_reward": "true reward of sampled answers",
@@ -42,12 +42,12 @@ def model_card(
     """The card as Markdown with the Hub's metadata block.
 
     comparison: the three models, measured. source: of the data, as `get_data` names it. is_chat: whether prompts were
-    rendered by a chat template. The metadata names model and
-    data set only where they are the Hub's: a local name could be taken for somebody else's repository.
+    rendered by a chat template. The metadata names model and data set only where they are the Hub's, since a local name
+    could be taken for somebody else's repository, and licence and language only where the course knows them.
     """
     base, dataset = source_of(settings, "model"), source_of(settings, "dataset").hub_id
     data = ModelCardData(
-        language="en",
+        language="en" if settings.dataset == EMBEDDED or dataset == "Anthropic/hh-rlhf" else None,
         license=LICENSES.get(settings.model),
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -66,13 +66,12 @@ def model_card(
 {data.to_yaml()}
 ---
 
-# A GPT-2 trained with DPO, in a course
+# {"A GPT-2" if settings.model in LICENSES else "A model"} trained with DPO, in a course
 
 {_code(base.label)} trained with Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290) on
 {_code(source)}: β = {settings.beta:g}, loss {settings.loss_type}, {settings.optimizer}, learning rate
 {settings.learning_rate:g}, {settings.epochs} epoch(s), batches of {settings.batch_size} pairs, the first
-{settings.freeze_layers} blocks frozen. It was made to learn DPO, not to be used: it is small, knows little, and may
-say anything.
+{settings.freeze_layers} blocks frozen. It was made to learn DPO, not to be used, and may say anything.
 
 ## Measured
 
