@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from benchmarks.dpo_vs_trl import RESULTS, _machine
 from dpo_helpers.evaluation import pair_values, preference_metrics, score_pairs
 from dpo_helpers.fast.engine import FastScorer
-from dpo_helpers.logprobs import PairScores
-from dpo_helpers.models import freeze
+from dpo_helpers.logprobs import BOTH, PairScores
+from dpo_helpers.models import count_parameters, freeze
 from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.loading import load_model, load_tokenizer
 from dpo_helpers.run.machine import compute_of
@@ -30,13 +31,12 @@ from dpo_helpers.run.pairs import PairData, _hold_out, fit_pairs, load_pairs
 from dpo_helpers.run.sampled import prompts_to_sample, sample_and_measure
 from dpo_helpers.run.trained import plan_of
 from dpo_helpers.settings import Settings, load_settings
-from dpo_helpers.tokens import EncodedPair
 from dpo_helpers.training import DPOObjective, Watch, train
 from dpo_helpers.uncertainty import bootstrap_mean
 
-FROZEN = 20  # of SmolLM2's 30 blocks: two thirds, as 8 of 12
+FROZEN = 26  # of SmolLM2's 30 blocks: the last four train, as in GPT-2
 HELD_OUT, VALIDATION = 320, 200
-RATES = (1e-6, 5e-6, 2e-5, 5e-5)
+RATES = (1e-6, 1e-5, 5e-5)
 BETAS = (0.05, 0.1, 0.5)
 SEEDS = (0, 1)
 
@@ -56,41 +56,58 @@ class Run:
     sampled: bool = True
 
     @property
+    def measured_on(self) -> str:
+        """The part of the pairs that it is measured on."""
+        return "validation" if self.validate else "held out"
+
+    @property
     def name(self) -> str:
         """What tells it from all others."""
         return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
 
 class Prepared:
-    """Model, pairs, scorers and reference log-probabilities of all runs that read the same tokens."""
+    """Model, pairs, scorer and reference log-probabilities of all runs that read the same tokens.
 
-    def __init__(self, settings: Settings, *, validate: bool):
+    The pairs lie one after another: those that rates are tried on, validation, held out. One pass through the frozen
+    blocks serves them all. To train for good is to train on the first two parts.
+    """
+
+    def __init__(self, settings: Settings):
         self.settings, self.tokenizer, self.compute = settings, load_tokenizer(settings), compute_of(settings)
         found = load_pairs(settings)
-        if validate:
-            train, held_out = _hold_out(found.train, VALIDATION, seed=1)
-            found = PairData(train, held_out, [], found.source)
+        first, validation = _hold_out(found.train, VALIDATION, seed=1)
+        found = PairData([*first, *validation], found.held_out, found.findings, found.source)
         self.pairs, ids = fit_pairs(
             found, self.tokenizer, max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
             allow_dropped=True,
         )  # fmt: skip
-        self.ids = {"train": ids.train, "held_out": ids.held_out}
+        kept = {pair.index for pair in first}
+        tried, train = sum(pair.index in kept for pair in ids.train), len(ids.train)
+        self.all = [*ids.train, *ids.held_out]
+        self.part = {"tried": slice(0, tried), "validation": slice(tried, train), "train": slice(0, train),
+                     "held out": slice(train, len(self.all))}  # fmt: skip
         self.model = load_model(settings)
         freeze(self.model, settings.freeze_layers)
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.scorers = {part: FastScorer(self.model, of, settings.freeze_layers) for part, of in self.ids.items()}
-        self.reference = {part: self.score(part) for part in self.ids}
+        self.scorer = FastScorer(self.model, self.all, settings.freeze_layers)
+        self.reference = score_pairs(self.model, self.all, self.scorer, self.compute, name="reference")
 
     def score(self, part: str) -> PairScores:
         """Log-probabilities of a part's pairs under the model as it is now."""
-        return score_pairs(self.model, self.ids[part], self.scorers[part], self.compute, name=f"scoring {part}")
+        pairs, first = self.all[self.part[part]], self.part[part].start
+
+        def _scorer(model: Any, at: Sequence[int], sides: Sequence[str] = BOTH) -> tuple[Tensor, ...]:
+            return self.scorer(model, [first + i for i in at], sides)
+
+        return score_pairs(self.model, pairs, _scorer, self.compute, name=f"scoring {part}")
 
 
 class Curve(Watch):
     """Held-out loss, accuracy and margin in the middle and at the end of each epoch."""
 
     def __init__(self, prepared: Prepared, run: Run):
-        self.prepared, self.beta, self.points = prepared, run.beta, 2 * run.epochs
+        self.prepared, self.beta, self.points, self.part = prepared, run.beta, 2 * run.epochs, run.measured_on
         self.rows: list[dict[str, Any]] = []
 
     def begin(self, model: Any, optimizer: Any, gradient: Any, total: int) -> list[dict[str, Any]]:
@@ -101,7 +118,7 @@ class Curve(Watch):
     def updated(self, rows: list[dict[str, Any]]) -> None:
         """Measure at those points."""
         if rows[-1]["step"] in self.at:
-            reference, now = self.prepared.reference["held_out"], self.prepared.score("held_out")
+            reference, now = self.prepared.reference[self.prepared.part[self.part]], self.prepared.score(self.part)
             self.rows.append({"step": rows[-1]["step"], **preference_metrics(now, reference, self.beta)})
             print(f"  update {rows[-1]['step']}: {_said(self.rows[-1])}", flush=True)
 
@@ -123,13 +140,14 @@ def one_run(prepared: Prepared, run: Run) -> dict[str, Any]:
     model.load_state_dict(prepared.start)
     curve, parameters = Curve(prepared, run), [p for p in model.parameters() if p.requires_grad]
     started = time.perf_counter()
+    part = prepared.part["tried" if run.validate else "train"]
     rows = train(
-        model, prepared.ids["train"], prepared.scorers["train"],
-        DPOObjective(prepared.reference["train"], run.beta), plan_of(settings, run.epochs, run.rate), compute,
+        model, prepared.all[part], prepared.scorer, DPOObjective(prepared.reference[part], run.beta),
+        plan_of(settings, run.epochs, run.rate), compute,
         gradient=InParts(8, compute, parameters), watch=curve, name=f"β {run.beta:g}, rate {run.rate:g}",
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    now, reference = prepared.score("held_out"), prepared.reference["held_out"]
+    now, reference = prepared.score(run.measured_on), prepared.reference[prepared.part[run.measured_on]]
     values = pair_values(now, reference, run.beta)
     found: dict[str, Any] = {
         "run": asdict(run), "seconds": seconds, "updates": len(rows), "curve": curve.rows,
@@ -140,15 +158,16 @@ def one_run(prepared: Prepared, run: Run) -> dict[str, Any]:
         "right": values["reward_accuracy"].int().tolist(),
     }  # fmt: skip
     if run.sampled:
-        trained = {key: value.clone() for key, value in model.state_dict().items()}
-        base = load_model(prepared.settings)
-        model.load_state_dict(trained)
-        sampled = sample_and_measure(
-            settings, prepared.tokenizer, model, base, prompts_to_sample(settings, prepared.pairs)
-        )
-        found["sampled"] = sampled.metrics
-        found["responses"] = [asdict(response) | {"ids": len(response.ids)} for response in sampled.responses[:12]]
+        found |= sampled(prepared, settings)
     return found
+
+
+def sampled(prepared: Prepared, settings: Settings) -> dict[str, Any]:
+    """Measures of the model's own samples, with the KL to the reference, and the first of the samples."""
+    base, prompts = load_model(prepared.settings).eval(), prompts_to_sample(settings, prepared.pairs)
+    measured = sample_and_measure(settings, prepared.tokenizer, prepared.model, base, prompts)
+    responses = [asdict(response) | {"ids": len(response.ids)} for response in measured.responses]
+    return {"sampled": measured.metrics, "responses": responses[:12]}
 
 
 def plan(rate: float) -> Sequence[Run]:
@@ -173,20 +192,20 @@ def main(
     results = json.loads(out.read_text()) if out.exists() else {"machine": _machine("cpu"), "runs": {}}
     base = load_settings(
         "gpt2", model=model, model_revision=None, dataset=data, dataset_revision=None, held_out_pairs=HELD_OUT,
-        max_pairs=None, prompts=100, max_new_tokens=96, precision="fp32", device="cpu",
+        max_pairs=None, prompts=80, max_new_tokens=64, precision="fp32", device="cpu",
     )  # fmt: skip
     kept: dict[tuple[object, ...], Prepared] = {}
 
     def _do(run: Run) -> dict[str, Any]:
         if run.name not in results["runs"]:
-            what = (run.template, run.max_length, run.frozen, run.validate)
+            what = (run.template, run.max_length, run.frozen)
             if what not in kept:
                 kept.clear()
                 settings = replace(
                     base, template=run.template, max_length=run.max_length, max_prompt_length=run.max_length // 2,
                     freeze_layers=run.frozen,
                 )  # fmt: skip
-                kept[what] = Prepared(settings, validate=run.validate)
+                kept[what] = Prepared(settings)
                 said = results.setdefault("data", {}).setdefault(str(what), {})
                 said |= _described(kept[what])
             print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
@@ -200,23 +219,23 @@ def main(
     results["rate"] = min(tried, key=tried.__getitem__)
     for run in plan(results["rate"]):
         _do(run)
+    if "reference" not in results:
+        prepared = Prepared(base)
+        results["reference"] = sampled(prepared, base)
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _described(prepared: Prepared) -> dict[str, Any]:
-    accuracy, ties = longer_wins(prepared.reference["held_out"])
-    tokens = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in _all(prepared)]
-    longer = prepared.reference["held_out"].chosen_tokens > prepared.reference["held_out"].rejected_tokens
+    held_out = prepared.reference[prepared.part["held out"]]
+    accuracy, ties = longer_wins(held_out)
+    tokens = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in prepared.all]
     return {
-        "train": len(prepared.ids["train"]), "held_out": len(prepared.ids["held_out"]),
-        "cut": sum(pair.was_cut for pair in _all(prepared)), "mean_tokens": sum(tokens) / len(tokens),
-        "longer_wins": accuracy, "longer_ties": ties, "longer_right": longer.int().tolist(),
-        "trained": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in prepared.model.parameters()),
+        "pairs": {name: len(prepared.all[part]) for name, part in prepared.part.items()},
+        "cut": sum(pair.was_cut for pair in prepared.all), "mean_tokens": sum(tokens) / len(tokens),
+        "longer_wins": accuracy, "longer_ties": ties,
+        "longer_right": (held_out.chosen_tokens > held_out.rejected_tokens).int().tolist(),
+        **asdict(count_parameters(prepared.model)),
     }  # fmt: skip
-
-
-def _all(prepared: Prepared) -> list[EncodedPair]:
-    return [*prepared.ids["train"], *prepared.ids["held_out"]]
 
 
 if __name__ == "__main__":
