@@ -233,7 +233,7 @@ def test_50_updates_follow_the_plain_loop(cpu, optimizer, monkeypatch):
         rows = train_in_parts(model, data, objective, plan(epochs=17, micro_batch_size=2), cpu, scorer)
         runs.append(torch.tensor([row["loss"] for row in rows]))
     assert len(runs[0]) >= 50
-    assert runs[0][0] - runs[0][-1] > 0.1, "it learns"
+    assert runs[0][-1] < 0.9 * runs[0][0], "it learns; how fast depends on the weights that transformers draws"
     torch.testing.assert_close(runs[1], runs[0], atol=1e-4, rtol=0)
     assert (runs[2] - runs[0]).abs().max() > 0.1
 
