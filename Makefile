@@ -19,7 +19,7 @@ TOOLS := build/tools/bin
 RESOLVE := $(TOOLS)/uv pip compile -q --universal --python-version 3.10 --only-binary :all: --no-annotate --no-header
 QUIET := TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 
-.PHONY: course help test lint unit notebooks test-browser lab regenerate site links lock audit licences clean
+.PHONY: course help test lint unit notebooks test-browser lab regenerate site links lock floors audit licences clean
 course: .venv/.course  ## set-up, all seven notebooks and the report
 	$(BIN)/python -m dpo_helpers course --profile "$$PROFILE" $(if $(BEYOND),--beyond)
 
@@ -75,6 +75,16 @@ lock: build/tools/.made  ## resolve constraints.txt
 	echo torch==2.13.0 > build/torch.txt
 	$(RESOLVE) pyproject.toml --all-extras -c build/torch.txt -o constraints.txt
 	$(RESOLVE) constraints.txt --no-deps --generate-hashes -o build/requirements-hashed.txt
+
+# Do the oldest versions that pyproject.toml allows still work? Their own environment; test_supply.py is about the pins.
+# UV_TORCH_BACKEND=cpu in the environment takes torch without CUDA. The second install: what the tests need besides.
+floors: build/tools/.made  ## the tests on the oldest versions that are allowed
+	$(TOOLS)/uv venv -q --clear -p "$$PYTHON" build/floors
+	$(TOOLS)/uv pip install -q -p build/floors --only-binary :all: --resolution lowest-direct -e '.[gguf]'
+	$(TOOLS)/uv pip install -q -p build/floors hypothesis pytest-xdist
+	build/floors/bin/python -m dpo_helpers versions
+	OMP_NUM_THREADS=1 build/floors/bin/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
+	  -m "not slow" --ignore tests/faults/test_supply.py tests
 
 # Known holes in the pins that this Python and system take. --strict: a package that the service does not know fails.
 audit: build/tools/.made  ## known holes in the pinned versions

@@ -87,10 +87,15 @@ STEPS = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
 
 
 def test_the_workflow_runs_what_ci_runs_and_may_only_read():
-    assert [step["run"] for step in WORKFLOW["jobs"]["course"]["steps"] if "run" in step] == [".ci/run"]
+    runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in WORKFLOW["jobs"].items()}
+    assert runs == {"course": [".ci/run"], "floors": ["make floors"]}
+    assert "if" not in WORKFLOW["jobs"]["course"]
+    assert re.findall(r"'(\w+)'", WORKFLOW["jobs"]["floors"]["if"]) == ["schedule", "workflow_dispatch"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert WORKFLOW["permissions"] == {"contents": "read"}
-    assert set(WORKFLOW[True]) == {"push", "pull_request", "workflow_dispatch"}, "YAML takes the key `on` for true"
+    assert set(WORKFLOW[True]) == {"push", "pull_request", "workflow_dispatch", "schedule"}, (
+        "YAML takes the key `on` for true"
+    )
     for job in WORKFLOW["jobs"].values():
         assert "permissions" not in job, "more than those of all jobs"
         assert job["timeout-minutes"] <= 90

@@ -277,6 +277,18 @@ def test_the_lock_is_made_of_wheels_only_with_their_hashes_outside_of_the_tree(m
     assert not (ROOT / "requirements-hashed.txt").exists()
 
 
+def test_the_floors_are_tried_in_an_environment_of_their_own(make, tmp_path):
+    (tmp_path / "build/tools").mkdir(parents=True)
+    (tmp_path / "build/tools/.made").touch()
+    status, said, _ = make("-n", "floors")
+    assert status == 0
+    oldest, besides = (line.split() for line in said.splitlines() if " pip install " in line)
+    assert {"--resolution", "lowest-direct", "-e", "'.[gguf]'"} <= set(oldest)
+    assert all(line[line.index("-p") + 1] == "build/floors" for line in (oldest, besides))
+    assert "constraints.txt" not in said, "the pins are the newest versions"
+    assert ".venv" not in said
+
+
 @pytest.mark.parametrize(
     ("tool", "status", "said"),
     [
