@@ -467,6 +467,13 @@ NATURAL = [
     ("7.2", lambda a, b: (100 * win_rate(a, b)[0], win_rate(a, b)[1]), "Value 1 of 2 is wrong. That is in percent"),
     ("a.1", 66, "The last tokens are in it"),
     ("b.1", lambda loss, beta: math.log(math.exp(loss) - 1) / beta, "The sign is the other way round"),
+    ("d.1", lambda ids, n, end: [False] * n + [True] * (len(ids) - n), "What follows the end of turn is scored"),
+    ("d.1", lambda ids, n, end: [i >= n and t != end for i, t in enumerate(ids)], "not yet"),
+    ("d.1", lambda ids, n, end: torch.arange(len(ids)) >= n, "What follows the end of turn is scored"),
+    ("d.2", lambda shapes, r: sum(math.prod(shape) for shape in shapes), "That is a full matrix"),
+    ("d.2", lambda shapes, r: 2 * r * sum(map(sum, shapes)), "That is twice as much as is asked for"),
+    ("d.3", lambda a, b: (a.count("first") + b.count("second")) / (len(a) + len(b)), "Ties count as lost"),
+    ("d.3", lambda a, b: (a.count("first") + b.count("first")) / (len(a) + len(b)), "not yet"),
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from dpo_helpers.fast.flat import flatten
 from dpo_helpers.show import figures
 from dpo_helpers.show.figures import canvas, worlds
 from dpo_helpers.tokens import EncodedPair, collate
+from dpo_helpers.uncertainty import Interval
 from dpo_helpers.worlds import tabular
 
 NAN = math.nan
@@ -501,6 +502,21 @@ def test_plane_filling_without_a_true_reward(drawn):
     )
 
 
+def test_win_rates(drawn):
+    """From top to bottom; a rate whose interval is lopsided, and one that is sure."""
+    said = figures.plot_win_rates({"true": Interval(0.75, 0.7, 0.9, 0.95), "all": Interval(1.0, 1.0, 1.0, 0.95)})
+    (axis,) = drawn[0].axes
+    bars = [c for c in axis.containers if isinstance(c, ErrorbarContainer)]
+    ends = [bar.lines[2][0].get_segments()[0].tolist() for bar in bars]
+    assert np.allclose(ends, [[[0.7, 0], [0.9, 0]], [[1.0, 1], [1.0, 1]]])
+    assert [bar.lines[0].get_xdata().tolist() for bar in bars] == [[0.75], [1.0]]
+    assert ticks(axis, "y") == ["true", "all"]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first one on top"
+    assert has_line(axis, [0.5, 0.5], [0, 1])
+    assert axis.get_xlabel() == "win rate, 95% interval"
+    assert said == "Win rates: true 0.75 [0.70, 0.90]; all 1.00 [1.00, 1.00]."
+
+
 # every picture
 
 WORLD = tabular.TabularWorld(*torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64))
@@ -516,6 +532,7 @@ PICTURES = {
     "06-optimum-frontier": lambda t, f: figures.plot_optimum_frontier(WORLD, [1.0], f),
     "06-plane-filling": lambda t, f: figures.plot_plane_filling({t: [point(4, 1.0, 1.0)]}, START, f),
     "07-next-tokens": lambda t, f: figures.plot_next_tokens({t: {t: 0.5, "b": 0.2}}, f),
+    "07-win-rates": lambda t, f: figures.plot_win_rates({t: Interval(0.6, 0.5, 0.8, 0.95)}, f),
 }
 NO_TEXT = {"01-batch-layout", "04-loss-and-weight", "05-one-pair", "06-optimum-frontier"}
 HOSTILE = "$\\frac{$\x1b[31m\x07\n\r\x85\u202eab\u200b" + "x" * 3000

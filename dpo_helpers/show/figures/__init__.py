@@ -28,6 +28,7 @@ from .worlds import (
     plot_optimum_frontier,
     plot_plane_filling,
     plot_puzzles,
+    plot_win_rates,
 )
 
 __all__ = [
@@ -57,4 +58,5 @@ __all__ = [
     "plot_text_measures",
     "plot_token_logprobs",
     "plot_token_logratios",
+    "plot_win_rates",
 ]

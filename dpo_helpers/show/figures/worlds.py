@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...evaluation import Evaluation
 from ...training import MetricsRow
+from ...uncertainty import Interval
 from ...worlds.tabular import TabularWorld, dpo_optimum, kl_divergence
 from .canvas import COLOURS, along, beta_style, finish, label, legend, new, plot_start, run_style, scale_kl
 from .runs import curve
@@ -233,3 +234,16 @@ def _same_plane(axes: Sequence[Axes], start: float, rows: Sequence[MetricsRow], 
         axis.set_xlabel(KL_AXIS)
     for axis in axes[::2]:
         axis.set_ylabel(key.replace("_", " "))
+
+
+def plot_win_rates(rates: Mapping[str, Interval], folder: Path | None = None) -> str:
+    """Win rates by name, from top to bottom, with their intervals; the line at 1/2 is where no model wins."""
+    figure, (axis,) = new(width=7, height=0.9 + 0.36 * len(rates))
+    axis.axvline(0.5, color="black", lw=0.8)
+    for y, rate in enumerate(rates.values()):
+        reach = [[rate.estimate - rate.low], [rate.high - rate.estimate]]
+        axis.errorbar([rate.estimate], [y], xerr=reach, color=COLOURS[0], marker="o", capsize=3, ls="none")
+    axis.set(ylim=(len(rates) - 0.5, -0.5), yticks=range(len(rates)), yticklabels=[label(of) for of in rates])
+    axis.set(xlabel=f"win rate, {next(iter(rates.values())).level:.0%} interval")
+    axis.grid(False, axis="y")
+    return finish(figure, folder, "07-win-rates", f"Win rates: {'; '.join(f'{of} {rate}' for of, rate in rates.items())}.")
