@@ -1,4 +1,4 @@
-"""Exercises of beyond/d_real_models_and_data: what a chat template has scored, what LoRA trains, a win rate read twice."""
+"""Exercises of beyond/d_real_models_and_data: what is scored behind a template, what LoRA trains, a win rate."""
 
 from __future__ import annotations
 

@@ -20,10 +20,12 @@ from ..files import whole
 
 COLOURS = sns.color_palette("colorblind")
 MODEL_COLOUR = {
-    "reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0], "dpo-from-sft": COLOURS[2], "hot": (0.15, 0.15, 0.15),
-    "dpo-320": COLOURS[9], "lora-320": COLOURS[4],
+    "reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0], "dpo-from-sft": COLOURS[2],
+    "dpo-320": COLOURS[6], "lora-320": COLOURS[5], "hot": (0.15, 0.15, 0.15),
 }  # fmt: skip
-MODEL_MARKER = {"reference": "o", "sft": "s", "dpo": "D", "dpo-from-sft": "P", "hot": "X", "dpo-320": "x", "lora-320": "h"}
+MODEL_MARKER = {
+    "reference": "o", "sft": "s", "dpo": "D", "dpo-from-sft": "P", "dpo-320": "x", "lora-320": "h", "hot": "X",
+}  # fmt: skip
 SIDE_COLOUR = {"prompt": COLOURS[7], "chosen": COLOURS[2], "rejected": COLOURS[3]}
 # The course's β. None has a marker of a model above: both may be in one figure.
 BETA_STYLE = {

@@ -246,4 +246,5 @@ def plot_win_rates(rates: Mapping[str, Interval], folder: Path | None = None) ->
     axis.set(ylim=(len(rates) - 0.5, -0.5), yticks=range(len(rates)), yticklabels=[label(of) for of in rates])
     axis.set(xlabel=f"win rate, {next(iter(rates.values())).level:.0%} interval")
     axis.grid(False, axis="y")
-    return finish(figure, folder, "07-win-rates", f"Win rates: {'; '.join(f'{of} {rate}' for of, rate in rates.items())}.")
+    said = "; ".join(f"{of} {rate}" for of, rate in rates.items())
+    return finish(figure, folder, "07-win-rates", f"Win rates: {said}.")
