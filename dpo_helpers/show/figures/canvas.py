@@ -21,10 +21,10 @@ from ..files import whole
 COLOURS = sns.color_palette("colorblind")
 MODEL_COLOUR = {
     "reference": COLOURS[7], "sft": COLOURS[1], "dpo": COLOURS[0], "dpo-from-sft": COLOURS[2],
-    "dpo-320": COLOURS[6], "lora-320": COLOURS[5], "hot": (0.15, 0.15, 0.15),
+    "dpo-320": COLOURS[9], "lora-320": COLOURS[5], "hot": (0.15, 0.15, 0.15),
 }  # fmt: skip
 MODEL_MARKER = {
-    "reference": "o", "sft": "s", "dpo": "D", "dpo-from-sft": "P", "dpo-320": "x", "lora-320": "h", "hot": "X",
+    "reference": "o", "sft": "s", "dpo": "D", "dpo-from-sft": "P", "dpo-320": ">", "lora-320": "h", "hot": "X",
 }  # fmt: skip
 SIDE_COLOUR = {"prompt": COLOURS[7], "chosen": COLOURS[2], "rejected": COLOURS[3]}
 # The course's β. None has a marker of a model above: both may be in one figure.
@@ -32,7 +32,7 @@ BETA_STYLE = {
     0.05: (COLOURS[3], "v"), 0.1: (COLOURS[9], "^"), 0.5: (COLOURS[0], "p"), 1.0: (COLOURS[2], "d"),
     5.0: (COLOURS[4], "*"),
 }  # fmt: skip
-OTHER_MARKERS = "<>8"  # of any other β
+OTHER_MARKERS = "<8"  # of any other β
 
 
 def beta_style(beta: float) -> tuple[Any, str]:
