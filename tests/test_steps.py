@@ -88,9 +88,9 @@ def test_data_is_tokenised_once(small, tokenizer, monkeypatch):
     """The ids are kept beside the texts: neither a second call nor another process asks the tokenizer again."""
     calls, encode = [], tokens.encode_texts
 
-    def counting(tokenizer, texts):
+    def counting(tokenizer, texts, **how):
         calls.append(len(texts))
-        return encode(tokenizer, texts)
+        return encode(tokenizer, texts, **how)
 
     monkeypatch.setattr(tokens, "encode_texts", counting)
     first = stages.get_data(small)
