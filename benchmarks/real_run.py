@@ -163,11 +163,11 @@ def one_run(prepared: Prepared, run: Run) -> dict[str, Any]:
 
 
 def sampled(prepared: Prepared, settings: Settings) -> dict[str, Any]:
-    """Measures of the model's own samples, with the KL to the reference, and the first of the samples."""
+    """Measures of the model's own samples, with the KL to the reference, and the first samples, without the prompts."""
     base, prompts = load_model(prepared.settings).eval(), prompts_to_sample(settings, prepared.pairs)
     measured = sample_and_measure(settings, prepared.tokenizer, prepared.model, base, prompts)
-    responses = [asdict(response) | {"ids": len(response.ids)} for response in measured.responses]
-    return {"sampled": measured.metrics, "responses": responses[:12]}
+    first = [{"text": response.text, "ended": response.ended} for response in measured.responses[:12]]
+    return {"sampled": measured.metrics, "responses": first}
 
 
 def plan(rate: float) -> Sequence[Run]:
@@ -208,6 +208,8 @@ def main(
                 kept[what] = Prepared(settings)
                 said = results.setdefault("data", {}).setdefault(str(what), {})
                 said |= _described(kept[what])
+                if "reference" not in results:
+                    results["reference"] = sampled(kept[what], base)
             print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
             results["runs"][run.name] = one_run(kept[what], run)
             out.write_text(json.dumps(results, indent=1) + "\n")
@@ -219,10 +221,6 @@ def main(
     results["rate"] = min(tried, key=tried.__getitem__)
     for run in plan(results["rate"]):
         _do(run)
-    if "reference" not in results:
-        prepared = Prepared(base)
-        results["reference"] = sampled(prepared, base)
-        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _described(prepared: Prepared) -> dict[str, Any]:
