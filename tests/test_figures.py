@@ -604,8 +604,6 @@ PICTURES = {
     "06-plane-filling": lambda t, f: figures.plot_plane_filling({t: [point(4, 1.0, 1.0)]}, START, f),
     "07-next-tokens": lambda t, f: figures.plot_next_tokens({t: {t: 0.5, "b": 0.2}}, f),
     "07-win-rates": lambda t, f: figures.plot_win_rates({t: Interval(0.6, 0.5, 0.8, 0.95)}, f),
-
-
     "c-calibration": lambda t, f: figures.plot_calibration({t: [{"predicted": 0.6, "observed": 0.7}]}, f),
     "c-parting": lambda t, f: figures.plot_parting([gain(0.0, 0.0, 1.0), gain(1.0, 2.0, 0.5)], {"score": t}, f),
     "c-rlhf-plane": lambda t, f: figures.plot_rlhf_plane([on_plane("DPO", t)], 0.0, f),

@@ -9,20 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 from . import (
-    beta, beyond, data, frozen, kl, loss, pairs, real, reference, rlhf, rows, sft, steps, text, weights, wins,
+    beta,
+    beyond,
+    data,
+    frozen,
+    kl,
+    loss,
+    pairs,
+    real,
+    reference,
+    rlhf,
+    rows,
+    sft,
+    steps,
+    text,
+    weights,
+    wins,
 )  # fmt: skip
 from .core import Exercise, Mistake, Verdict, find
 from .faults import FAULTS, judge_fault
 
 __all__ = ["EXERCISES", "FAULTS", "Exercise", "Mistake", "Verdict", "check", "check_fault"]
 
-EXERCISES: dict[str, Exercise] = {
-    exercise.number: exercise
-    for module in (
-        data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond, rlhf, real
-    )  # fmt: skip
-    for exercise in module.EXERCISES
-}
+_IN_ORDER = (
+    data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond, rlhf, real,
+)  # fmt: skip
+EXERCISES: dict[str, Exercise] = {exercise.number: exercise for module in _IN_ORDER for exercise in module.EXERCISES}
 
 
 def check(number: str, answer: Any) -> None:
