@@ -28,8 +28,10 @@ from .untrusted import one_line
 if os.environ.get("LOCAL_RANK", "0") != "0" or not (sys.stderr and sys.stderr.isatty()):
     os.environ["TQDM_DISABLE"] = "1"
 
+# Completion is for the command dpo-helpers: what typer writes for `python -m` is no shell script.
 app = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=not sys.argv[0].endswith("__main__.py"),
 )  # fmt: skip
 
 

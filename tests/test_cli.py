@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -290,3 +291,11 @@ def test_an_unknown_option_is_a_usage_error():
     result = run("dpo", "--betta", "1")
     assert result.returncode == 2
     assert "No such option" in result.stderr
+
+
+def test_the_shell_completes_the_command_but_not_python_m():
+    command = Path(sys.executable).with_name("dpo-helpers")
+    asked = {"_DPO_HELPERS_COMPLETE": "complete_bash", "COMP_WORDS": "dpo-helpers sw", "COMP_CWORD": "1"}
+    found = subprocess.run([command], env={**os.environ, **asked}, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["sweep"]
+    assert "--install-completion" not in run("--help").stdout
