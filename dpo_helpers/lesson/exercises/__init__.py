@@ -1,6 +1,6 @@
 """The exercises of the course: `exercises.check("2.1", my_function)` says whether it is right, or what went wrong.
 
-25 exercises. Each knows typical wrong answers and says which one it sees, and why it is wrong. `Exercise.judge` gives
+Each exercise knows typical wrong answers and says which one it sees, and why it is wrong. `Exercise.judge` gives
 the verdict as a value, with its kind.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import beta, beyond, data, frozen, kl, loss, pairs, reference, rows, sft, steps, text, weights, wins
+from . import beta, beyond, data, frozen, kl, loss, pairs, reference, rlhf, rows, sft, steps, text, weights, wins
 from .core import Exercise, Mistake, Verdict, find
 from .faults import FAULTS, judge_fault
 
@@ -16,7 +16,7 @@ __all__ = ["EXERCISES", "FAULTS", "Exercise", "Mistake", "Verdict", "check", "ch
 
 EXERCISES: dict[str, Exercise] = {
     exercise.number: exercise
-    for module in (data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond)
+    for module in (data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond, rlhf)
     for exercise in module.EXERCISES
 }
 
