@@ -179,14 +179,24 @@ class Bench:
             learning_rate=rate, optimizer="adamw", schedule="constant", warmup_steps=WARMUP, max_grad_norm=1.0,
             batch_size=PROMPTS, micro_batch_size=PROMPTS, epochs=1, seed=seed,
         )  # fmt: skip
-        watch = Points(lambda policy, step: self.measure(policy, CURVE_PROMPTS), every) if every else None
+        measuring = 0.0
+
+        def evaluate(policy: Any, step: int) -> dict[str, Any]:
+            nonlocal measuring
+            began = time.process_time()
+            point = self.measure(policy, CURVE_PROMPTS)
+            measuring += time.process_time() - began
+            return point
+
+        watch = Points(evaluate, every) if every else None
         started = time.process_time()
         rows = train(model, part, sampler, Rloo(beta), plan, self.compute, watch=watch)
+        spent = time.process_time() - started - measuring
         self.tokens += sampler.tokens
         keys = ("step", "score", "k1", "length", "grad_norm")
         trained = [{key: round(row[key], 4) for key in keys} for row in rows if row["split"] == "train"]
         return {
-            "training_cpu_s": time.process_time() - started, "rows": trained,
+            "training_cpu_s": spent, "updates": len(trained), "rows": trained,
             "curve": [row for row in rows if row["split"] == "held_out"],
             "metrics": self.measure(model, prompts, texts),
         }  # fmt: skip
