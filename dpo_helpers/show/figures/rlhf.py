@@ -21,8 +21,8 @@ FAMILIES = {  # colour and marker of each kind of method
 
 def _with_errors(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, **look: Any) -> None:
     """Points of rows with the standard errors that they have."""
-    errors = {axis_name: [row.get(f"{key}_se", 0.0) for row in rows] for axis_name, key in (("xerr", x), ("yerr", y))}
-    axis.errorbar([row[x] for row in rows], [row[y] for row in rows], capsize=2, **errors, **look)
+    across, up = ([row.get(f"{key}_se", 0.0) for row in rows] for key in (x, y))
+    axis.errorbar([row[x] for row in rows], [row[y] for row in rows], xerr=across, yerr=up, capsize=2, **look)
 
 
 def plot_calibration(models: Mapping[str, Sequence[Mapping[str, float]]], folder: Path | None = None) -> str:
@@ -33,9 +33,8 @@ def plot_calibration(models: Mapping[str, Sequence[Mapping[str, float]]], folder
         _with_errors(axis, rows, "predicted", "observed", color=colour, marker=marker, ms=6, label=label(name))
     axis.set(xlabel="agreement predicted", ylabel="agreement observed", title="Calibration on held-out pairs")
     legend(axis)
-    ends = "; ".join(
-        f"{name} {rows[-1]['observed']:.2f} ({rows[-1]['predicted']:.2f})" for name, rows in models.items()
-    )
+    surest = {name: rows[-1] for name, rows in models.items()}
+    ends = "; ".join(f"{name} {row['observed']:.2f} ({row['predicted']:.2f})" for name, row in surest.items())
     return finish(figure, folder, "c-calibration", f"Agreement in the surest bin, observed (predicted): {ends}.")
 
 
