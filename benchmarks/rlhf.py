@@ -8,6 +8,7 @@ At the end the numbers that notebook c shows are written into the package (`dpo_
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from dpo_helpers.show import rlhf as shown
 from dpo_helpers.tokens import encode_prompts, epoch_order
 from dpo_helpers.training import DPOObjective, TrainPlan, train
 from dpo_helpers.uncertainty import mean_and_error
+from dpo_helpers.worlds import embedded
 
 OUT = RESULTS / "rlhf.json"
 REWARD_PAIRS = (4000, 500)  # of the reward models
@@ -45,11 +47,19 @@ RATES = (2e-4, 5e-4, 1e-3)  # tried for RLOO
 RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 80, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
 WARMUP = 4  # updates, of RLOO and of the short runs
 ON_POLICY_ROUNDS, ON_POLICY_PROMPTS = 3, 1536  # 512 pairs per round
+LABELS = {"the world's labels": True, "the reward model's labels": False}  # and whether they have its noise
 BEST_OF = (1, 2, 4, 8, 16)
 CURVE_PROMPTS, EVERY = 80, 20  # of a curve: held-out prompts of each point, updates from one to the next
 PUSH_UPDATES, PUSH_BETA = 120, 0.0  # of the run against the weak reward model
 SEEDS, SEED_PROMPTS = 10, 80  # stability: short runs
 SEED_UPDATES = {"DPO": 40, "RLOO": 16}
+SETTINGS = {  # what has to be chosen for each method, beside those of the reward model where it needs one
+    "DPO": ("β", "rate", "passes"),
+    "RLOO": ("β", "rate", "updates", "prompts per update", "samples per prompt", "longest response"),
+    "best of n": ("n", "longest response"),
+    "on-policy DPO": ("β", "rate", "rounds", "prompts per round", "longest response"),
+}
+REWARD_SETTINGS = ("rate", "passes")
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)  # of the calibration's bins
 
 
@@ -116,7 +126,7 @@ class Bench:
                 for text, score in zip(row["texts"], scores.tolist(), strict=False):
                     text[f"score_{pairs}"] = score
         for text in row.get("texts", []):
-            text["true_reward"] = float(shown.true_reward(text["prompt"], text["text"]))
+            text["true_reward"] = embedded.true_reward(text["prompt"], text["text"])
         return row
 
     @cached_property
@@ -128,7 +138,7 @@ class Bench:
 
     def reference(self) -> dict[str, Any]:
         """π_ref, measured."""
-        return {"metrics": self.measure(self.base), "baselines": accuracy_baselines(self.settings)}
+        return {"metrics": self.measure(self.base, texts=12), "baselines": accuracy_baselines(self.settings)}
 
     def train_reward(self, pairs: int) -> dict[str, Any]:
         """A reward model of the first pairs, its held-out accuracy and calibration."""
@@ -234,6 +244,66 @@ class Bench:
         return {"training_cpu_s": spent, "updates": len(rows), "metrics": self.measure(model)}
 
 
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """What notebook c shows of the results: `show.rlhf.stored`. Costs are of the training, without its measurements."""
+    parts, models = results["parts"], {n: results["parts"][f"reward model, {n} pairs"] for n in REWARD_PAIRS}
+    strong, start = models[REWARD_PAIRS[0]], parts["reference"]["metrics"]
+    tried = [parts[f"RLOO rate {rate:g}"] for rate in RATES]
+    per_update = sum(part["training_cpu_s"] for part in tried) / sum(len(part["rows"]) for part in tried)
+    methods: list[dict[str, Any]] = []
+
+    def add(family: str, name: str, short: str, metrics: dict[str, Any], part: dict[str, Any], seconds: float) -> None:
+        paid = family in ("RLOO", "best of n") or "reward model" in name
+        reward_s = strong["cpu_s"] if paid else 0.0
+        cost: dict[str, Any] = {"tokens": part["tokens"], "peak_mb": part["peak_mb"], "cpu_s": seconds + reward_s}
+        cost["settings"] = [*SETTINGS[family], *(f"reward model: {name}" for name in REWARD_SETTINGS if paid)]
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        methods.append({"family": family, "name": name, "short": short, **numbers, **cost, "reward_model_s": reward_s})
+
+    betas = sorted((BETA, *BETAS))
+    for beta in betas:
+        part = parts[f"DPO {beta:g}"]
+        add("DPO", f"DPO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, part["training_cpu_s"])
+    for beta in betas:
+        part = parts[f"RLOO {beta:g}"]
+        add("RLOO", f"RLOO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, UPDATES * per_update)
+    part, judge = parts["best of n"], f"score_{REWARD_PAIRS[0]}"
+    for n in BEST_OF[1:]:
+        bound = math.log(n) - (n - 1) / n
+        row = {**part["by"][judge][str(n)], "kl": bound, "kl_se": 0.0}
+        add("best of n", f"best of {n}", f"n = {n}", row, part, part["cpu_s"])
+    for labels in LABELS:
+        part = parts[f"on-policy DPO, {labels}"]
+        add("on-policy DPO", f"on-policy DPO, {labels}", labels, part["metrics"], part, part["training_cpu_s"])
+    seeds = {kind: [parts[f"{kind}, seed {seed}"]["metrics"] for seed in range(1, SEEDS + 1)] for kind in SEED_UPDATES}
+    pushed = parts["over-optimisation"]
+    return {
+        "machine": results["machine"], "rate": results["rate"],
+        "sizes": {
+            "updates": UPDATES, "prompts": PROMPTS, "samples": SAMPLES, "pushed": PUSH_UPDATES,
+            "beta_pushed": PUSH_BETA, "seed_updates": SEED_UPDATES, "seed_prompts": SEED_PROMPTS, "curve_prompts": CURVE_PROMPTS,
+        },
+        "reference": start, "baselines": parts["reference"]["baselines"], "methods": methods,
+        "dpo_accuracy": {key: parts[f"DPO {BETA:g}"][key] for key in ("reward_accuracy", "reward_accuracy_se")},
+        "reward_models": {
+            str(n): {key: model[key] for key in ("accuracy", "accuracy_se", "calibration", "cpu_s")}
+            for n, model in models.items()
+        },
+        "best_of": part_of_best(parts["best of n"]),
+        "curves": {name: parts[name]["curve"] for name in (f"RLOO {BETA:g}", "over-optimisation")},
+        "texts": {"over-optimisation": pushed["metrics"]["texts"], "reference": start["texts"]},
+        "seeds": {"start": parts[f"RLOO {BETA:g}"]["curve"][0], **seeds},
+    }  # fmt: skip
+
+
+def part_of_best(part: dict[str, Any]) -> dict[str, Any]:
+    """True reward of the best of n by each judge, with its standard error."""
+    return {
+        judge: {n: {key: row[key] for key in ("true_reward", "true_reward_se")} for n, row in rows.items()}
+        for judge, rows in part["by"].items()
+    }
+
+
 def peak_mb(reset: bool = False) -> float | None:
     """Peak resident memory of this process in MB (10^6 bytes) since the last reset; None where Linux's /proc is not."""
     status = Path("/proc/self/status")
@@ -280,14 +350,15 @@ def main() -> None:
     part(f"DPO {BETA:g}", partial(bench.dpo, BETA))
     part("best of n", bench.best_of)
     rloo("over-optimisation", PUSH_BETA, PUSH_UPDATES, pairs=REWARD_PAIRS[1], every=EVERY, texts=12)
-    part("on-policy DPO, the world's labels", partial(bench.on_policy, True))
-    part("on-policy DPO, the reward model's labels", partial(bench.on_policy, False))
+    for labels, noisy in LABELS.items():
+        part(f"on-policy DPO, {labels}", partial(bench.on_policy, noisy))
     for beta in BETAS:
         part(f"DPO {beta:g}", partial(bench.dpo, beta))
         rloo(f"RLOO {beta:g}", beta, UPDATES, every=EVERY, texts=12)
     for seed in range(1, SEEDS + 1):
         part(f"DPO, seed {seed}", partial(bench.dpo, BETA, seed, SEED_UPDATES["DPO"], SEED_PROMPTS))
         rloo(f"RLOO, seed {seed}", BETA, SEED_UPDATES["RLOO"], seed=seed, prompts=SEED_PROMPTS)
+    shown.STORED.write_text(json.dumps(summary(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
