@@ -43,16 +43,16 @@ OUT = RESULTS / "rlhf.json"
 REWARD_PAIRS = (4000, 500)  # of the reward models
 BETAS = (0.1, 1.0)  # more of them, for DPO and RLOO
 BETA = 0.5  # the main one, of the course and of the study
-RATES = (2e-4, 5e-4, 1e-3)  # tried for RLOO
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)  # tried for RLOO
 RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 80, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
 WARMUP = 4  # updates, of RLOO and of the short runs
-ON_POLICY_ROUNDS, ON_POLICY_PROMPTS = 3, 1536  # 512 pairs per round
+ON_POLICY_ROUNDS, ON_POLICY_PROMPTS = 3, 960  # 320 pairs per round
 LABELS = {"the world's labels": True, "the reward model's labels": False}  # and whether they have its noise
 BEST_OF = (1, 2, 4, 8, 16)
 CURVE_PROMPTS, EVERY = 80, 20  # of a curve: held-out prompts of each point, updates from one to the next
-PUSH_UPDATES, PUSH_BETA = 120, 0.0  # of the run against the weak reward model
+PUSH_UPDATES, PUSH_BETA = 100, 0.0  # of the run against the weak reward model
 SEEDS, SEED_PROMPTS = 10, 80  # stability: short runs
-SEED_UPDATES = {"DPO": 40, "RLOO": 16}
+SEED_UPDATES = {"DPO": 40, "RLOO": 12}
 SETTINGS = {  # what has to be chosen for each method, beside those of the reward model where it needs one
     "DPO": ("β", "rate", "passes"),
     "RLOO": ("β", "rate", "updates", "prompts per update", "samples per prompt", "longest response"),
@@ -281,7 +281,8 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         "machine": results["machine"], "rate": results["rate"],
         "sizes": {
             "updates": UPDATES, "prompts": PROMPTS, "samples": SAMPLES, "pushed": PUSH_UPDATES,
-            "beta_pushed": PUSH_BETA, "seed_updates": SEED_UPDATES, "seed_prompts": SEED_PROMPTS, "curve_prompts": CURVE_PROMPTS,
+            "beta_pushed": PUSH_BETA, "seed_updates": SEED_UPDATES, "seed_prompts": SEED_PROMPTS,
+            "curve_prompts": CURVE_PROMPTS,
         },
         "reference": start, "baselines": parts["reference"]["baselines"], "methods": methods,
         "dpo_accuracy": {key: parts[f"DPO {BETA:g}"][key] for key in ("reward_accuracy", "reward_accuracy_se")},
@@ -352,12 +353,17 @@ def main() -> None:
     rloo("over-optimisation", PUSH_BETA, PUSH_UPDATES, pairs=REWARD_PAIRS[1], every=EVERY, texts=12)
     for labels, noisy in LABELS.items():
         part(f"on-policy DPO, {labels}", partial(bench.on_policy, noisy))
-    for beta in BETAS:
+
+    def another(beta: float) -> None:
         part(f"DPO {beta:g}", partial(bench.dpo, beta))
         rloo(f"RLOO {beta:g}", beta, UPDATES, every=EVERY, texts=12)
+
+    another(BETAS[0])
     for seed in range(1, SEEDS + 1):
         part(f"DPO, seed {seed}", partial(bench.dpo, BETA, seed, SEED_UPDATES["DPO"], SEED_PROMPTS))
         rloo(f"RLOO, seed {seed}", BETA, SEED_UPDATES["RLOO"], seed=seed, prompts=SEED_PROMPTS)
+    for beta in BETAS[1:]:
+        another(beta)
     shown.STORED.write_text(json.dumps(summary(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

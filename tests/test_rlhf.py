@@ -1,6 +1,7 @@
 """RLHF: the estimators by hand and by enumeration, TRL's losses and gradients, and what each piece must not do."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset
 from test_training import PLAN, pairs, plan
 from test_trl_parity import WORDS, encode, models, rows, words  # noqa: F401  # fixtures
 
+from benchmarks import rlhf as benchmark
 from conftest import tiny_gpt2
 from dpo_helpers.evaluation import score_pairs
 from dpo_helpers.logprobs import PlainScorer
@@ -26,6 +28,7 @@ from dpo_helpers.run.rlhf import (
 )
 from dpo_helpers.run.sampled import true_score
 from dpo_helpers.run.watch import Points
+from dpo_helpers.show import rlhf as stored
 from dpo_helpers.tokens import EncodedPair, collate
 from dpo_helpers.training import train
 from dpo_helpers.worlds import embedded, tabular
@@ -457,3 +460,32 @@ def test_points_are_measured_before_and_on_the_way(cpu):
     held_out = [row for row in logged if row["split"] == "held_out"]
     assert [(row["step"], row["kl"]) for row in held_out] == [(0, 0.0), (2, 2.0), (4, 4.0), (6, 6.0)]
     assert seen == [(True, 0), (True, 2), (True, 4), (True, 6)]
+
+
+# the stored results
+
+
+def test_what_the_notebook_shows_is_what_the_benchmark_stored():
+    """The package's file is the summary of benchmarks/results/rlhf.json: no number was written by hand."""
+    results = json.loads(benchmark.OUT.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(benchmark.summary(results))) == stored.stored()
+    assert {row["family"] for row in stored.stored()["methods"]} == set(benchmark.SETTINGS)
+    for row in stored.stored()["methods"]:
+        assert all(math.isfinite(row[key]) for key in ("kl", "kl_se", "true_reward", "true_reward_se", "cpu_s"))
+    assert len(stored.stored()["seeds"]["DPO"]) == len(stored.stored()["seeds"]["RLOO"]) == 10
+
+
+def test_reading_the_stored_results(monkeypatch):
+    """Late reward by hand: of six updates the last five, scores 1 … 5 and log-ratios 2: 3 - 0.5 · 2 = 2."""
+    updates = [{"score": float(i), "k1": 2.0} for i in range(6)]
+    assert stored.late_reward(updates, 0.5) == pytest.approx(2.0)
+    seeds = {"start": {"true_reward": 0.0}, "DPO": [{"true_reward": x} for x in (-0.1, 0.0, 1.0)]}
+    row = {"name": "DPO", "family": "DPO", "cpu_s": 12.4, "reward_model_s": 0.0, "tokens": 1200, "peak_mb": 600.2,
+           "settings": ["β", "rate"], "true_reward": 1.234, "true_reward_se": 0.1}  # fmt: skip
+    monkeypatch.setattr(stored, "stored", lambda: {"seeds": seeds, "methods": [row]})
+    assert stored.worse_seeds("DPO") == (1, 3)
+    assert stored.method("DPO") is row
+    with pytest.raises(KeyError, match="no method 'PPO'; there are DPO"):
+        stored.method("PPO")
+    (shown,) = stored.cost_rows()
+    assert list(shown.values()) == ["DPO", 12, "–", "1,200", 600, 2, "1.23 ± 0.10"]
