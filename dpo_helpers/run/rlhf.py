@@ -89,7 +89,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 def rloo_losses(
     logps: Tensor, old: Tensor, reference: Tensor, scores: Tensor, beta: float, clip: float | None = None
 ) -> Tensor:
-    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740, section 2.2): a loss per prompt.
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740): a loss per prompt.
 
     Tensors are [B, k], of k samples for each of B prompts: log-probabilities under the policy (logps, with gradient),
     the policy that sampled (old) and π_ref, and scores of any reward. beta: price of a nat of KL. Returns [B].
