@@ -41,7 +41,7 @@ from dpo_helpers.worlds import embedded
 
 OUT = RESULTS / "rlhf.json"
 REWARD_PAIRS = (4000, 500)  # of the reward models
-BETAS = (0.1, 1.0)  # more of them, for DPO and RLOO
+DPO_BETAS, RLOO_BETAS = (0.1, 0.5, 1.0), (0.1, 0.5)
 BETA = 0.5  # the main one, of the course and of the study
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)  # tried for RLOO
 RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 80, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
@@ -52,7 +52,7 @@ BEST_OF = (1, 2, 4, 8, 16)
 CURVE_PROMPTS, EVERY = 80, 20  # of a curve: held-out prompts of each point, updates from one to the next
 PUSH_UPDATES, PUSH_BETA = 100, 0.0  # of the run against the weak reward model
 SEEDS, SEED_PROMPTS = 10, 80  # stability: short runs
-SEED_UPDATES = {"DPO": 40, "RLOO": 12}
+SEED_UPDATES = {"DPO": 24, "RLOO": 10}
 SETTINGS = {  # what has to be chosen for each method, beside those of the reward model where it needs one
     "DPO": ("β", "rate", "passes"),
     "RLOO": ("β", "rate", "updates", "prompts per update", "samples per prompt", "longest response"),
@@ -260,11 +260,10 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         methods.append({"family": family, "name": name, "short": short, **numbers, **cost, "reward_model_s": reward_s})
 
-    betas = sorted((BETA, *BETAS))
-    for beta in betas:
+    for beta in DPO_BETAS:
         part = parts[f"DPO {beta:g}"]
         add("DPO", f"DPO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, part["training_cpu_s"])
-    for beta in betas:
+    for beta in RLOO_BETAS:
         part = parts[f"RLOO {beta:g}"]
         add("RLOO", f"RLOO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, UPDATES * per_update)
     part, judge = parts["best of n"], f"score_{REWARD_PAIRS[0]}"
@@ -354,16 +353,13 @@ def main() -> None:
     for labels, noisy in LABELS.items():
         part(f"on-policy DPO, {labels}", partial(bench.on_policy, noisy))
 
-    def another(beta: float) -> None:
+    for beta in DPO_BETAS:
         part(f"DPO {beta:g}", partial(bench.dpo, beta))
-        rloo(f"RLOO {beta:g}", beta, UPDATES, every=EVERY, texts=12)
-
-    another(BETAS[0])
     for seed in range(1, SEEDS + 1):
         part(f"DPO, seed {seed}", partial(bench.dpo, BETA, seed, SEED_UPDATES["DPO"], SEED_PROMPTS))
         rloo(f"RLOO, seed {seed}", BETA, SEED_UPDATES["RLOO"], seed=seed, prompts=SEED_PROMPTS)
-    for beta in BETAS[1:]:
-        another(beta)
+    for beta in RLOO_BETAS:
+        rloo(f"RLOO {beta:g}", beta, UPDATES, every=EVERY, texts=12)
     shown.STORED.write_text(json.dumps(summary(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
