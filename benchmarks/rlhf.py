@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dpo_helpers.fast.engine import FastScorer
 from dpo_helpers.models import freeze
 from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.loading import load_model
-from dpo_helpers.run.machine import compute_of
+from dpo_helpers.run.machine import compute_of, peak_memory_gb
 from dpo_helpers.run.measures import accuracy_baselines, best_of, calibration
 from dpo_helpers.run.rlhf import BradleyTerry, OnPolicy, RewardModel, RewardScorer, Rloo, Score, on_policy_dpo
 from dpo_helpers.run.sampled import prompts_to_sample, sample_and_measure, true_score
@@ -250,12 +251,13 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     strong, start = models[REWARD_PAIRS[0]], parts["reference"]["metrics"]
     tried = [parts[f"RLOO rate {rate:g}"] for rate in RATES]
     per_update = sum(part["training_cpu_s"] for part in tried) / sum(len(part["rows"]) for part in tried)
-    methods: list[dict[str, Any]] = []
+    methods, peaks = list[dict[str, Any]](), parts["peak memory"]["mb"]
 
     def add(family: str, name: str, short: str, metrics: dict[str, Any], part: dict[str, Any], seconds: float) -> None:
         paid = family in ("RLOO", "best of n") or "reward model" in name
         reward_s = strong["cpu_s"] if paid else 0.0
-        cost: dict[str, Any] = {"tokens": part["tokens"], "peak_mb": part["peak_mb"], "cpu_s": seconds + reward_s}
+        peak = max(peaks[family], peaks["reward model"] if paid else 0.0)
+        cost: dict[str, Any] = {"tokens": part["tokens"], "peak_mb": peak, "cpu_s": seconds + reward_s}
         cost["settings"] = [*SETTINGS[family], *(f"reward model: {name}" for name in REWARD_SETTINGS if paid)]
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         methods.append({"family": family, "name": name, "short": short, **numbers, **cost, "reward_model_s": reward_s})
@@ -304,15 +306,35 @@ def part_of_best(part: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def peak_mb(reset: bool = False) -> float | None:
-    """Peak resident memory of this process in MB (10^6 bytes) since the last reset; None where Linux's /proc is not."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
+def peak_of(family: str) -> float:
+    """Peak memory in MB of a process that does a few updates of a method and nothing else, libraries included."""
+    command = [sys.executable, "-m", "benchmarks.rlhf", family]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def a_few_updates(family: str) -> None:
+    """What `peak_of` runs: five batches of pairs, three of prompts, or as many samples at once as the method draws."""
+    bench = Bench()
+    model, pairs = bench.fresh(), bench.data.train[: 5 * bench.settings.batch_size]
+    prompts = [pair.prompt for pair in bench.data.train]
+    if family == "reward model":
+        reward, scorer = RewardModel(model), RewardScorer(pairs, bench.eos)
+        bench.fit(reward, pairs, scorer, BradleyTerry(), bench.plan())
+    elif family == "DPO":
+        fast = FastScorer(model, pairs, bench.settings.freeze_layers)
+        reference = score_pairs(bench.base, pairs, fast, bench.compute)
+        bench.fit(model, pairs, fast, DPOObjective(reference, BETA), bench.plan())
+    elif family == "RLOO":
+        sampler = bench.sampler(bench.score(REWARD_PAIRS[0]), prompts)
+        plan = bench.plan(batch_size=PROMPTS)
+        train(model, bench.data.train[: 3 * PROMPTS], sampler, Rloo(BETA), plan, bench.compute)
+    elif family == "best of n":
+        sampler = bench.sampler(bench.score(REWARD_PAIRS[0]), prompts)
+        sampler.scores(sampler.draw(bench.base, prompts[:8], max(BEST_OF)))
+    else:
+        sampler = bench.sampler(bench.score(REWARD_PAIRS[0]), prompts[: ON_POLICY_PROMPTS // ON_POLICY_ROUNDS])
+        on_policy_dpo(model, sampler, BETA, bench.plan(), bench.compute, rounds=1, noisy=False)
+    print(peak_memory_gb(bench.compute) * 1000)
 
 
 def main() -> None:
@@ -323,11 +345,10 @@ def main() -> None:
     def part(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if name not in results["parts"]:
             bench.tokens = 0
-            peak_mb(reset=True)
             clock, cpu = time.perf_counter(), time.process_time()
             found = make()
             results["parts"][name] = {
-                "seconds": time.perf_counter() - clock, "cpu_s": time.process_time() - cpu, "peak_mb": peak_mb(),
+                "seconds": time.perf_counter() - clock, "cpu_s": time.process_time() - cpu,
                 "tokens": bench.tokens, **found,
             }  # fmt: skip
             results["machine"] = _machine("cpu")
@@ -355,6 +376,7 @@ def main() -> None:
 
     for beta in DPO_BETAS:
         part(f"DPO {beta:g}", partial(bench.dpo, beta))
+    part("peak memory", lambda: {"mb": {family: peak_of(family) for family in ("reward model", *SETTINGS)}})
     for seed in range(1, SEEDS + 1):
         part(f"DPO, seed {seed}", partial(bench.dpo, BETA, seed, SEED_UPDATES["DPO"], SEED_PROMPTS))
         rloo(f"RLOO, seed {seed}", BETA, SEED_UPDATES["RLOO"], seed=seed, prompts=SEED_PROMPTS)
@@ -364,4 +386,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        a_few_updates(sys.argv[1])
+    else:
+        main()
