@@ -272,7 +272,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     for n in BEST_OF[1:]:
         bound = math.log(n) - (n - 1) / n
         row = {**part["by"][judge][str(n)], "kl": bound, "kl_se": 0.0}
-        add("best of n", f"best of {n}", f"n = {n}", row, part, part["cpu_s"])
+        share = n / max(BEST_OF)  # of the samples that were drawn and scored
+        paid = {**part, "tokens": round(part["tokens"] * share)}
+        add("best of n", f"best of {n}", f"n = {n}", row, paid, part["cpu_s"] * share)
     for labels in LABELS:
         part = parts[f"on-policy DPO, {labels}"]
         add("on-policy DPO", f"on-policy DPO, {labels}", labels, part["metrics"], part, part["training_cpu_s"])
