@@ -277,7 +277,8 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         add("best of n", f"best of {n}", f"n = {n}", row, paid, part["cpu_s"] * share)
     for labels in LABELS:
         part = parts[f"on-policy DPO, {labels}"]
-        add("on-policy DPO", f"on-policy DPO, {labels}", labels, part["metrics"], part, part["training_cpu_s"])
+        judge = labels.removesuffix("'s labels").split()[-1]
+        add("on-policy DPO", f"on-policy DPO, {labels}", f"by {judge}", part["metrics"], part, part["training_cpu_s"])
     seeds = {kind: [parts[f"{kind}, seed {seed}"]["metrics"] for seed in range(1, SEEDS + 1)] for kind in SEED_UPDATES}
     pushed = parts["over-optimisation"]
     return {

@@ -13,9 +13,9 @@ from .canvas import COLOURS, MODEL_COLOUR, finish, label, legend, new, plot_star
 from .runs import curve
 
 KL_AXIS = "KL(π_θ‖π_ref), nats per response"
-FAMILIES = {  # colour and marker of each kind of method
-    "DPO": (MODEL_COLOUR["dpo"], "D"), "RLOO": (COLOURS[1], "s"), "best of n": (COLOURS[2], "^"),
-    "on-policy DPO": (COLOURS[4], "P"),
+FAMILIES = {  # colour and marker of each kind of method, and where a name stands beside it, in points
+    "DPO": (MODEL_COLOUR["dpo"], "D", (5, -11)), "RLOO": (COLOURS[1], "s", (5, -11)),
+    "best of n": (COLOURS[2], "^", (-6, 5)), "on-policy DPO": (COLOURS[4], "P", (-5, 6)),
 }  # fmt: skip
 
 
@@ -64,15 +64,17 @@ def plot_rlhf_plane(points: Sequence[Mapping[str, Any]], start: float, folder: P
     joins the points of a family. start: the true reward of π_ref.
     """
     figure, (axis,) = new(width=8, height=4.6)
-    for family, (colour, marker) in FAMILIES.items():
+    for family, (colour, marker, beside) in FAMILIES.items():
         rows = sorted((point for point in points if point["family"] == family), key=lambda point: point["kl"])
         if rows:
             line = "none" if family == "on-policy DPO" else "-"
             look = {"color": colour, "marker": marker, "ms": 7, "lw": 1, "ls": line, "elinewidth": 1}
             _with_errors(axis, rows, "kl", "true_reward", label=family, **look)
             for row in rows:
-                place = {"xytext": (5, -11), "textcoords": "offset points", "fontsize": "x-small", "color": colour}
-                axis.annotate(label(row["short"], 24), (row["kl"], row["true_reward"]), **place)
+                place: dict[str, Any] = {"xytext": beside, "textcoords": "offset points"}
+                place["ha"] = "left" if beside[0] > 0 else "right"
+                at = row["kl"], row["true_reward"]
+                axis.annotate(label(row["short"], 24), at, fontsize="x-small", color=colour, **place)
     plot_start(axis, start)
     axis.set(xlabel=KL_AXIS, ylabel="true reward", title="True reward against KL, from the same reference and pairs")
     scale_kl(axis, max(point["kl"] for point in points))
