@@ -46,6 +46,7 @@ class _Grouped(TyperCommand):
     """A command whose help shows its options in groups: typer does so through rich alone, which swallows [...]."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write all options, each under the title of its group."""
         title, groups = "Options", dict[str, list[tuple[str, str]]]()
         for parameter in self.get_params(ctx):
             title = GROUPS.get(str(parameter.name), title)
