@@ -27,6 +27,7 @@ from dpo_helpers.lesson.exercises.running import PRINTED
 from dpo_helpers.logprobs import pair_logprobs
 from dpo_helpers.losses import dpo_loss
 from dpo_helpers.run.course import notebooks_in
+from dpo_helpers.run.rlhf import leave_one_out
 from dpo_helpers.training import warmup_factor
 
 each = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES.keys())
@@ -467,6 +468,13 @@ NATURAL = [
     ("7.2", lambda a, b: (100 * win_rate(a, b)[0], win_rate(a, b)[1]), "Value 1 of 2 is wrong. That is in percent"),
     ("a.1", 66, "The last tokens are in it"),
     ("b.1", lambda loss, beta: math.log(math.exp(loss) - 1) / beta, "The sign is the other way round"),
+    ("c.1", lambda s, m: s[range(len(s)), m.sum(1)], "That is the first place of the padding"),
+    ("c.2", lambda s, logps, ref, b: s - b * (ref - logps).detach(), "The KL has the wrong sign"),
+    ("c.2", lambda s, logps, ref, b: s + b * (ref - logps), "A gradient flows through the log-ratio"),
+    ("c.3", lambda r: r - r.mean(-1)[:, None], "The baseline includes the sample itself"),
+    ("c.3", lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8), "The advantages are divided"),
+    ("c.4", lambda logps, ref, s, b: -(leave_one_out(s - b * (logps - ref)) * logps).mean(1), "The advantage is not detached"),
+    ("c.4", lambda logps, ref, s, b: -(leave_one_out(s) * logps).mean(1), "The price of KL is missing"),
     ("d.1", lambda ids, n, end: [False] * n + [True] * (len(ids) - n), "What follows the end of turn is scored"),
     ("d.1", lambda ids, n, end: [i >= n and t != end for i, t in enumerate(ids)], "not yet"),
     ("d.1", lambda ids, n, end: torch.arange(len(ids)) >= n, "What follows the end of turn is scored"),

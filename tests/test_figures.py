@@ -517,6 +517,77 @@ def test_win_rates(drawn):
     assert said == "Win rates: true 0.75 [0.70, 0.90]; all 1.00 [1.00, 1.00]."
 
 
+# pictures of notebook c
+
+
+def gain(kl, score, true_reward):
+    """A point along a training: what a reward model says, and what is true."""
+    return {"kl": kl, "kl_se": 0.1, "score": score, "score_se": 0.2, "true_reward": true_reward, "true_reward_se": 0.3}
+
+
+def on_plane(family, name="x", kl=1.0, reward=2.0):
+    return {"family": family, "name": name, "short": name, **gain(kl, 0.0, reward)}
+
+
+def rloo_rows(updates):
+    """A training with a held-out point at its start and at its end: scores 0, 1, …, log-ratios 0, 0.5, …."""
+    rows = [{"split": "train", "step": i + 1, "score": float(i), "k1": i / 2} for i in range(updates)]
+    points = [{"split": "held_out", "step": step, **gain(step / 2, step, -step)} for step in (0, updates)]
+    return [points[0], *rows, points[1]]
+
+
+def test_calibration(drawn):
+    rows = [{"predicted": 0.6, "observed": 0.5, "observed_se": 0.1}, {"predicted": 0.9, "observed": 1.0}]
+    said = figures.plot_calibration({"small": rows})
+    (axis,) = drawn[0].axes
+    assert has_line(axis, [0.5, 1], [0.5, 1]), "the diagonal"
+    assert has_line(axis, [0.6, 0.9], [0.5, 1.0])
+    assert said == "Agreement in the surest bin, observed (predicted): small 1.00 (0.90)."
+
+
+def test_rlhf_run(drawn):
+    """Two updates and three: a line each of 2 and 3 training values; points at the start and at the end."""
+    said = figures.plot_rlhf_run(rloo_rows(2))
+    score, true_reward, kl = drawn[0].axes
+    assert has_line(score, [1, 2], [0.0, 1.0])
+    assert has_line(score, [0, 2], [0, 2])
+    assert has_line(true_reward, [0, 2], [0, -2])
+    assert has_line(kl, [1, 2], [0.0, 0.5])
+    assert has_line(kl, [0, 2], [0.0, 1.0])
+    assert said == (
+        "On held-out prompts, from first to last point: score 0.00 → 2.00, true reward 0.00 → -2.00, kl 0.00 → 1.00."
+    )
+    unknown = [{k: v for k, v in row.items() if "true" not in k} for row in rloo_rows(2)]
+    figures.plot_rlhf_run(unknown)
+    assert len(drawn[1].axes) == 2, "without a true reward"
+
+
+def test_rlhf_plane(drawn):
+    points = [
+        on_plane("RLOO", "b", 2.0, 1.5),
+        on_plane("RLOO", "a", 1.0, 1.0),
+        on_plane("on-policy DPO", "c", 0.5, 0.5),
+    ]
+    said = figures.plot_rlhf_plane(points, -0.5)
+    (axis,) = drawn[0].axes
+    assert has_line(axis, [1.0, 2.0], [1.0, 1.5]), "a family is joined by rising KL"
+    assert has_line(axis, [0], [-0.5])
+    assert said == "True reward at KL: π_ref -0.50 at 0, b 1.50 at 2.00, a 1.00 at 1.00, c 0.50 at 0.50."
+
+
+def test_parting(drawn):
+    """Gains over the start: the score rises from 1 to 4, the true reward from -1 to 1 and back to 0."""
+    rows = [gain(0.0, 1.0, -1.0), gain(2.0, 3.0, 1.0), gain(5.0, 4.0, 0.0)]
+    said = figures.plot_parting(rows, {"score": "the weak model"})
+    (axis,) = drawn[0].axes
+    assert has_line(axis, [0.0, 2.0, 5.0], [0.0, 2.0, 3.0])
+    assert has_line(axis, [0.0, 2.0, 5.0], [0.0, 2.0, 1.0])
+    assert said == (
+        "Gain at the end, at KL 5.00: the weak model 3.00 (highest 3.00 at KL 5.00), "
+        "true reward 1.00 (highest 2.00 at KL 2.00)."
+    )
+
+
 # every picture
 
 WORLD = tabular.TabularWorld(*torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64))
@@ -533,8 +604,12 @@ PICTURES = {
     "06-plane-filling": lambda t, f: figures.plot_plane_filling({t: [point(4, 1.0, 1.0)]}, START, f),
     "07-next-tokens": lambda t, f: figures.plot_next_tokens({t: {t: 0.5, "b": 0.2}}, f),
     "07-win-rates": lambda t, f: figures.plot_win_rates({t: Interval(0.6, 0.5, 0.8, 0.95)}, f),
+    "c-calibration": lambda t, f: figures.plot_calibration({t: [{"predicted": 0.6, "observed": 0.7}]}, f),
+    "c-parting": lambda t, f: figures.plot_parting([gain(0.0, 0.0, 1.0), gain(1.0, 2.0, 0.5)], {"score": t}, f),
+    "c-rlhf-plane": lambda t, f: figures.plot_rlhf_plane([on_plane("DPO", t)], 0.0, f),
+    "c-rlhf-run": lambda t, f: figures.plot_rlhf_run(rloo_rows(3), f),
 }
-NO_TEXT = {"01-batch-layout", "04-loss-and-weight", "05-one-pair", "06-optimum-frontier"}
+NO_TEXT = {"01-batch-layout", "04-loss-and-weight", "05-one-pair", "06-optimum-frontier", "c-rlhf-run"}
 HOSTILE = "$\\frac{$\x1b[31m\x07\n\r\x85\u202eab\u200b" + "x" * 3000
 
 
@@ -633,6 +708,12 @@ IDEAS |= {
     "06-optimum-frontier": lambda: figures.plot_optimum_frontier(LAB, BETAS),
     "06-plane-filling": lambda: figures.plot_plane_filling(ALL_RUNS, MODELS["reference"]),
     "04-loss-and-weight": lambda: figures.plot_loss_and_weight((-6.0, -3.0, 0.0, 3.0, 5.9), 5.0),
+}
+IDEAS |= {
+    "c-rlhf-plane": lambda: figures.plot_rlhf_plane(
+        [on_plane(f, f"n = {2**i}", 2.0**i / 4, (-1) ** i) for f in ("DPO", "RLOO", "best of n") for i in range(5)], 0.0
+    ),
+    "c-rlhf-run": lambda: figures.plot_rlhf_run(rloo_rows(200)),
 }
 EVERY = IDEAS | RUN_PICTURES
 
@@ -802,7 +883,7 @@ def test_a_disk_that_refuses_leaves_the_earlier_picture_and_is_one_error_with_it
 
 def test_all_pictures_are_here():
     """A new public picture must be added above, so that its legend is looked at."""
-    ideas = {"mass" if name == "mass" else name[3:].replace("-", "_") for name in PICTURES}
+    ideas = {name.lstrip("0123456789c").lstrip("-").replace("-", "_") for name in PICTURES}
     public = {name.removeprefix("plot_") for name in figures.__all__ if name.startswith("plot_")}
     assert public == set(RUN_PICTURES) | ideas
     assert all(hasattr(figures, name) for name in figures.__all__)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -164,6 +166,32 @@ def get_differences(settings: Settings) -> dict[str, Interval]:
         f"{metric}: {first} - {second}": paired_difference(values[first][metric], values[second][metric])
         for metric, first, second in wanted
     }
+
+
+def calibration(margins: Tensor, edges: Sequence[float]) -> list[dict[str, float]]:
+    """How often a model agrees with the labels, by how often it expects to: a row per bin that has pairs.
+
+    margins: score of the chosen minus that of the rejected response, [n]. Between two responses the model expects to
+    agree with the label with probability σ(|margin|). edges: of the bins of that probability, from 0.5 to 1.
+    """
+    expected, agrees, rows = margins.abs().sigmoid(), (margins > 0).double(), []
+    for low, high in pairwise(edges):
+        inside = (expected >= low) & ((expected < high) | (high == edges[-1]))
+        if inside.any():
+            observed, error = mean_and_error(agrees[inside])
+            row = {"pairs": float(inside.sum()), "predicted": expected[inside].mean().item()}
+            rows.append(row | {"observed": observed, "observed_se": error})
+    return rows
+
+
+def best_of(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """What the best-scored of n samples has, per prompt: [P]. scores, values: of N samples of each prompt, [P, N].
+
+    The N samples make N / n groups, whose winners are averaged; n must divide N.
+    """
+    groups = scores.view(len(scores), -1, n)  # [P, N/n, n]
+    winners = groups.argmax(dim=-1, keepdim=True)
+    return values.view(groups.shape).gather(-1, winners).squeeze(-1).mean(dim=1)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,16 @@ def true_rewards(settings: Settings, responses: Sequence[Response]) -> Tensor | 
     if settings.dataset != EMBEDDED:
         return None
     return torch.tensor([embedded.true_reward(r.prompt, r.text) for r in responses], dtype=torch.float64)
+
+
+def true_score(tokenizer: Any) -> Callable[[Sequence[list[int]], Sequence[list[int]]], Tensor]:
+    """The embedded world's true reward of responses to prompts, as a `rlhf.Score`: of token ids, [N] float32."""
+
+    def score(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
+        texts = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in each] for each in (prompts, responses))
+        return torch.tensor([embedded.true_reward(*text) for text in zip(*texts, strict=True)])
+
+    return score
 
 
 def sample_and_measure(

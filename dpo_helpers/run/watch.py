@@ -107,6 +107,24 @@ class RunWatch(Watch):
         return TrainState(step, weights, moments, rows, self.gradient.micro_size, self.gradient.scaler.state_dict())
 
 
+class Points(Watch):
+    """The `watch` of a training that is not kept: `evaluate` before the first update and after every `every`-th."""
+
+    def __init__(self, evaluate: Evaluate, every: int):
+        self.evaluate, self.every = evaluate, every
+
+    def begin(self, model: Any, optimizer: torch.optim.Optimizer, gradient: Any, total: int) -> list[MetricsRow]:
+        """As `Watch`."""
+        self.model = model
+        return [{"step": 0, "epoch": 0, "split": "held_out", **self.evaluate(model, 0)}]
+
+    def updated(self, rows: list[MetricsRow]) -> None:
+        """As `Watch`."""
+        step, epoch = rows[-1]["step"], rows[-1]["epoch"]
+        if step % self.every == 0:
+            rows.append({"step": step, "epoch": epoch, "split": "held_out", **self.evaluate(self.model, step)})
+
+
 def evaluation_points(updates: int, evaluations: int) -> set[int]:
     """The updates after which to evaluate: `evaluations` of them at even distances, the last one among them."""
     return {round(updates * k / evaluations) for k in range(1, evaluations + 1)}

@@ -1,6 +1,6 @@
 """The exercises of the course: `exercises.check("2.1", my_function)` says whether it is right, or what went wrong.
 
-28 exercises. Each knows typical wrong answers and says which one it sees, and why it is wrong. `Exercise.judge` gives
+Each exercise knows typical wrong answers and says which one it sees, and why it is wrong. `Exercise.judge` gives
 the verdict as a value, with its kind.
 """
 
@@ -8,17 +8,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import beta, beyond, data, frozen, kl, loss, pairs, real, reference, rows, sft, steps, text, weights, wins
+from . import (
+    beta,
+    beyond,
+    data,
+    frozen,
+    kl,
+    loss,
+    pairs,
+    real,
+    reference,
+    rlhf,
+    rows,
+    sft,
+    steps,
+    text,
+    weights,
+    wins,
+)  # fmt: skip
 from .core import Exercise, Mistake, Verdict, find
 from .faults import FAULTS, judge_fault
 
 __all__ = ["EXERCISES", "FAULTS", "Exercise", "Mistake", "Verdict", "check", "check_fault"]
 
-EXERCISES: dict[str, Exercise] = {
-    exercise.number: exercise
-    for module in (data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond, real)
-    for exercise in module.EXERCISES
-}
+_IN_ORDER = (
+    data, rows, reference, frozen, sft, loss, weights, pairs, kl, steps, beta, text, wins, beyond, rlhf, real,
+)  # fmt: skip
+EXERCISES: dict[str, Exercise] = {exercise.number: exercise for module in _IN_ORDER for exercise in module.EXERCISES}
 
 
 def check(number: str, answer: Any) -> None:

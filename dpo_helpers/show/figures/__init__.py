@@ -9,6 +9,7 @@ from .ideas import (
     plot_token_logprobs,
     plot_token_logratios,
 )
+from .rlhf import plot_calibration, plot_parting, plot_rlhf_plane, plot_rlhf_run
 from .runs import (
     plot_dpo,
     plot_frontier,
@@ -38,6 +39,7 @@ __all__ = [
     "explore_loss",
     "label",
     "plot_batch_layout",
+    "plot_calibration",
     "plot_dpo",
     "plot_frontier",
     "plot_gradient_weight",
@@ -48,9 +50,12 @@ __all__ = [
     "plot_one_pair",
     "plot_optimum_frontier",
     "plot_pair_mask",
+    "plot_parting",
     "plot_plane_filling",
     "plot_puzzles",
     "plot_reward_kl",
+    "plot_rlhf_plane",
+    "plot_rlhf_run",
     "plot_sft",
     "plot_study",
     "plot_sweep",
