@@ -42,7 +42,7 @@ from dpo_helpers.worlds import embedded
 
 OUT = RESULTS / "rlhf.json"
 REWARD_PAIRS = (4000, 500)  # of the reward models
-DPO_BETAS, RLOO_BETAS = (0.1, 0.5, 1.0), (0.1, 0.5)
+DPO_BETAS = RLOO_BETAS = (0.1, 0.5, 1.0)
 BETA = 0.5  # the main one, of the course and of the study
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)  # tried for RLOO
 RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 80, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
@@ -99,7 +99,9 @@ class Bench:
         return train(model, *given, self.compute, gradient=parts, watch=watch)
 
     def reward(self, pairs: int) -> RewardModel:
-        """The reward model of so many pairs, from the disk."""
+        """The reward model of so many pairs, from the disk; trained again where only its results are left."""
+        if not (self.folder / f"reward-{pairs}.safetensors").exists():
+            self.train_reward(pairs)
         model = RewardModel(load_model(self.settings))
         model.load_state_dict(load_file(self.folder / f"reward-{pairs}.safetensors"))
         return model.eval()
@@ -280,7 +282,6 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         judge = labels.removesuffix("'s labels").split()[-1]
         add("on-policy DPO", f"on-policy DPO, {labels}", f"by {judge}", part["metrics"], part, part["training_cpu_s"])
     seeds = {kind: [parts[f"{kind}, seed {seed}"]["metrics"] for seed in range(1, SEEDS + 1)] for kind in SEED_UPDATES}
-    pushed = parts["over-optimisation"]
     return {
         "machine": results["machine"], "rate": results["rate"],
         "sizes": {
@@ -288,7 +289,8 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
             "beta_pushed": PUSH_BETA, "seed_updates": SEED_UPDATES, "seed_prompts": SEED_PROMPTS,
             "curve_prompts": CURVE_PROMPTS,
         },
-        "reference": start, "baselines": parts["reference"]["baselines"], "methods": methods,
+        "reference": {key: value for key, value in start.items() if key != "texts"},
+        "baselines": parts["reference"]["baselines"], "methods": methods,
         "dpo_accuracy": {key: parts[f"DPO {BETA:g}"][key] for key in ("reward_accuracy", "reward_accuracy_se")},
         "reward_models": {
             str(n): {key: model[key] for key in ("accuracy", "accuracy_se", "calibration", "cpu_s")}
@@ -296,7 +298,6 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         },
         "best_of": part_of_best(parts["best of n"]),
         "curves": {name: parts[name]["curve"] for name in (f"RLOO {BETA:g}", "over-optimisation")},
-        "texts": {"over-optimisation": pushed["metrics"]["texts"], "reference": start["texts"]},
         "seeds": {"start": parts[f"RLOO {BETA:g}"]["curve"][0], **seeds},
     }  # fmt: skip
 

@@ -586,6 +586,9 @@ def test_parting(drawn):
         "Gain at the end, at KL 5.00: the weak model 3.00 (highest 3.00 at KL 5.00), "
         "true reward 1.00 (highest 2.00 at KL 2.00)."
     )
+    unknown = [{key: value for key, value in row.items() if "true_reward" not in key} for row in rows]
+    said = figures.plot_parting(unknown, {"score": "the weak model"})
+    assert said == "Gain at the end, at KL 5.00: the weak model 3.00 (highest 3.00 at KL 5.00)."
 
 
 # every picture

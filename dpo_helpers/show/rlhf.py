@@ -15,7 +15,7 @@ LATE = 5  # updates at the end of a training that `late_reward` averages
 @cache
 def stored() -> dict[str, Any]:
     """All stored numbers. methods: rows with name, family, short, kl, true_reward, scores and costs; and by name:
-    reward_models, baselines, reference, curves, texts, seeds, sizes."""
+    reward_models, baselines, reference, curves, seeds, sizes."""
     found: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
     return found
 

@@ -86,14 +86,14 @@ def plot_rlhf_plane(points: Sequence[Mapping[str, Any]], start: float, folder: P
 def plot_parting(rows: Sequence[MetricsRow], scores: Mapping[str, str], folder: Path | None = None) -> str:
     """Over-optimisation (Gao et al. 2022, figure 1): what the reward models see and what is true, over the KL.
 
-    rows: points along a training, the first one at its start, with kl, true_reward and the scores, each with _se.
+    rows: points along a training, the first one at its start, with kl, the scores and, where it is known, true_reward,
+    each with its _se.
     scores: keys of scores in the rows, with their names. Drawn is the gain over the start: a score has no zero.
     """
     figure, (axis,) = new(width=6.5, height=4)
     parts = []
-    for colour, marker, (key, name) in zip(
-        (COLOURS[3], COLOURS[1], COLOURS[2]), "vsD", {**scores, "true_reward": "true reward"}.items(), strict=False
-    ):
+    drawn = {**scores, "true_reward": "true reward"} if "true_reward" in rows[0] else scores
+    for colour, marker, (key, name) in zip(COLOURS[1:4], "svD", drawn.items(), strict=False):
         gains = [{**row, "gain": row[key] - rows[0][key], "gain_se": row[f"{key}_se"]} for row in rows]
         _with_errors(axis, gains, "kl", "gain", color=colour, marker=marker, ms=6, label=label(name))
         best = max(gains, key=lambda row: row["gain"])
