@@ -27,7 +27,7 @@ from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.loading import load_model, load_tokenizer
 from dpo_helpers.run.machine import compute_of
 from dpo_helpers.run.measures import longer_wins
-from dpo_helpers.run.pairs import PairData, _hold_out, fit_pairs, load_pairs
+from dpo_helpers.run.pairs import PairData, hold_out, fit_pairs, load_pairs
 from dpo_helpers.run.sampled import prompts_to_sample, sample_and_measure
 from dpo_helpers.run.trained import plan_of
 from dpo_helpers.settings import Settings, load_settings
@@ -76,7 +76,7 @@ class Prepared:
     def __init__(self, settings: Settings):
         self.settings, self.tokenizer, self.compute = settings, load_tokenizer(settings), compute_of(settings)
         found = load_pairs(settings)
-        first, validation = _hold_out(found.train, VALIDATION, seed=1)
+        first, validation = hold_out(found.train, VALIDATION, seed=1)
         found = PairData([*first, *validation], found.held_out, found.findings, found.source)
         self.pairs, ids = fit_pairs(
             found, self.tokenizer, max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,

@@ -1,14 +1,16 @@
 """The arithmetic and the summaries of benchmarks/, by hand; the measurements themselves are not tests."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import dpo_vs_trl, gpu_estimate, sampling, scaling
+from benchmarks import dpo_vs_trl, gpu_estimate, real_report, real_run, sampling, scaling
 from benchmarks.workload import Shape, Workload, batches, draw_pairs, products
-from conftest import SHARED
+from conftest import ROOT, SHARED
+from dpo_helpers.settings import load_settings
 from dpo_helpers.tokens import EncodedPair
 
 WORK = Workload("data", "tokenizer", 4, 2, 3, 0, "cpu", "fp32")
@@ -136,3 +138,54 @@ def test_a_llamas_products_by_hand():
     work = products([EncodedPair([1, 1], [1, 1], [1, 1])], shape)
     assert flop(work["forward"]) == 2 * 376
     assert flop(work["first"]) == 2 * (480 + 376 + 4 * 4 * 50257)
+
+
+# one real run
+
+
+def test_the_tables_and_numbers_of_the_real_run_are_its_results():
+    """docs/real_runs.md holds the very table that the results give, and says what every interval says."""
+    results = json.loads((real_report.RESULTS / "real_run.json").read_text(encoding="utf-8"))
+    assert real_report.table(results) in (ROOT / "docs/real_runs.md").read_text(encoding="utf-8")
+    final = [found for found in results["runs"].values() if not found["run"]["validate"]]
+    assert len(final) == len(real_run.BETAS) * len(real_run.SEEDS)
+    for found in final:
+        assert found["intervals"]["reward_accuracy"]["low"] > 0.5
+        assert sum(found["right"]) / len(found["right"]) == pytest.approx(found["metrics"]["reward_accuracy"])
+    losses = {f["run"]["rate"]: f["metrics"]["loss"] for f in results["runs"].values() if f["run"]["validate"]}
+    assert results["rate"] == min(losses, key=losses.get)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    small = load_settings("mini", max_pairs=120, held_out_pairs=20, prompts=4, max_new_tokens=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_run, "VALIDATION", 30)
+        return real_run.Prepared(small)
+
+
+def test_no_prompt_is_on_two_sides_of_the_real_runs_splits(prepared):
+    """Rates are tried on 90 or so of the 120 pairs and compared on the rest, which are trained on afterwards."""
+    prompts = {name: {tuple(pair.prompt) for pair in prepared.all[part]} for name, part in prepared.part.items()}
+    sizes = {name: len(prepared.all[part]) for name, part in prepared.part.items()}
+    assert sizes["tried"] + sizes["validation"] == sizes["train"] == 120
+    assert sizes["validation"] >= 30
+    assert sizes["held out"] == 20
+    assert not prompts["tried"] & prompts["validation"]
+    assert not prompts["train"] & prompts["held out"]
+
+
+def test_a_real_run_starts_from_the_reference_and_is_measured_where_it_says(prepared):
+    """Each run begins at ln 2, also the second; with next to no rate it stays there; the other part is not looked at."""
+    still = real_run.one_run(prepared, real_run.Run(0.1, 1e-12, validate=True, sampled=False))
+    assert still["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(still["right"]) == len(prepared.all[prepared.part["validation"]])
+    moved = real_run.one_run(prepared, real_run.Run(0.1, 1e-3))
+    assert moved["updates"] == math.ceil(120 / 16) > still["updates"]  # for good, the validation part is trained on too
+    assert moved["trained_loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert moved["metrics"]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert len(moved["right"]) == 20
+    assert moved["sampled"]["kl"] > 0.0
+    assert [sorted(response) for response in moved["responses"]] == [["ended", "text"]] * 4
+    again = real_run.one_run(prepared, real_run.Run(0.1, 1e-3, sampled=False))
+    assert again["trained_loss"] == moved["trained_loss"]

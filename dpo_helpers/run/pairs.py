@@ -174,7 +174,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         raise DataError(f"{source.name} cannot be read: {error.strerror or error}; check --dataset") from error
 
 
-def _hold_out(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+def hold_out(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Split off about `count` pairs by whole prompts, drawn by seed, so that no prompt is on both sides."""
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(f"hold-out-{seed}").shuffle(prompts)
@@ -222,7 +222,7 @@ def load_pairs(settings: Settings) -> PairData:
         rows = _named(rows, label)
         train, findings = parse_rows(rows, allow_dropped=allow)
         if test is None:
-            train, held_out = _hold_out(train, settings.held_out_pairs, seed)
+            train, held_out = hold_out(train, settings.held_out_pairs, seed)
         else:
             held_out, more = parse_rows(test, allow_dropped=allow, split="held_out")
             findings = findings + more

@@ -15,7 +15,7 @@ from .runs import curve
 KL_AXIS = "KL(π_θ‖π_ref), nats per response"
 FAMILIES = {  # colour and marker of each kind of method, and where a name stands beside it, in points
     "DPO": (MODEL_COLOUR["dpo"], "D", (5, -11)), "RLOO": (COLOURS[1], "s", (5, -11)),
-    "best of n": (COLOURS[2], "^", (-6, 5)), "on-policy DPO": (COLOURS[4], "P", (-5, 6)),
+    "best of n": (COLOURS[2], "^", (-6, 5)), "on-policy DPO": (COLOURS[4], "P", (5, -12)),
 }  # fmt: skip
 
 
