@@ -27,7 +27,7 @@ from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.loading import load_model, load_tokenizer
 from dpo_helpers.run.machine import compute_of
 from dpo_helpers.run.measures import longer_wins
-from dpo_helpers.run.pairs import PairData, hold_out, fit_pairs, load_pairs
+from dpo_helpers.run.pairs import PairData, fit_pairs, hold_out, load_pairs
 from dpo_helpers.run.sampled import prompts_to_sample, sample_and_measure
 from dpo_helpers.run.trained import plan_of
 from dpo_helpers.settings import Settings, load_settings
