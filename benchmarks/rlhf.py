@@ -45,22 +45,23 @@ REWARD_PAIRS = (4000, 500)  # of the reward models
 DPO_BETAS = RLOO_BETAS = (0.1, 0.5, 1.0)
 BETA = 0.5  # the main one, of the course and of the study
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)  # tried for RLOO
-RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 80, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
+RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 160, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
 WARMUP = 4  # updates, of RLOO and of the short runs
 ON_POLICY_ROUNDS, ON_POLICY_PROMPTS = 3, 960  # 320 pairs per round
 LABELS = {"the world's labels": True, "the reward model's labels": False}  # and whether they have its noise
 BEST_OF = (1, 2, 4, 8, 16)
-CURVE_PROMPTS, EVERY = 80, 20  # of a curve: held-out prompts of each point, updates from one to the next
+CURVE_PROMPTS, EVERY, PUSH_EVERY = 80, 40, 20  # held-out prompts of each point; updates from one to the next
 PUSH_UPDATES, PUSH_BETA = 100, 0.0  # of the run against the weak reward model
 SEEDS, SEED_PROMPTS = 10, 80  # stability: short runs
-SEED_UPDATES = {"DPO": 24, "RLOO": 10}
-SETTINGS = {  # what has to be chosen for each method, beside those of the reward model where it needs one
-    "DPO": ("β", "rate", "passes"),
+SEED_UPDATES = {"DPO": 60, "RLOO": 20}
+SETTINGS = {  # what has to be chosen for each method, beside those of the reward model where it needs one; not counted
+    # is what all share: optimizer, warm-up, clipping, frozen blocks
+    "DPO": ("β", "rate", "passes", "batch size", "longest pair"),
     "RLOO": ("β", "rate", "updates", "prompts per update", "samples per prompt", "longest response"),
     "best of n": ("n", "longest response"),
-    "on-policy DPO": ("β", "rate", "rounds", "prompts per round", "longest response"),
+    "on-policy DPO": ("β", "rate", "rounds", "prompts per round", "batch size", "longest response"),
 }
-REWARD_SETTINGS = ("rate", "passes")
+REWARD_SETTINGS = ("rate", "passes", "batch size", "longest pair")
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)  # of the calibration's bins
 
 
@@ -146,30 +147,32 @@ class Bench:
     def train_reward(self, pairs: int) -> dict[str, Any]:
         """A reward model of the first pairs, its held-out accuracy and calibration."""
         model, part = RewardModel(self.fresh()), self.data.train[:pairs]
+        started = time.process_time()
         rows = self.fit(model, part, RewardScorer(part, self.eos), BradleyTerry(), self.plan())
+        spent = time.process_time() - started
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), self.folder / f"reward-{pairs}.safetensors")
         of_pairs = score_pairs(model, self.data.held_out, RewardScorer(self.data.held_out, self.eos), self.compute)
         margins = of_pairs.chosen - of_pairs.rejected
         accuracy, error = mean_and_error((margins > 0).float())
         return {
-            "losses": [row["loss"] for row in rows], "accuracy": accuracy, "accuracy_se": error,
+            "training_cpu_s": spent, "losses": [row["loss"] for row in rows],
+            "accuracy": accuracy, "accuracy_se": error,
             "calibration": calibration(margins, EDGES),
         }  # fmt: skip
 
     def dpo(self, beta: float, seed: int = 0, updates: int | None = None, prompts: int | None = None) -> dict[str, Any]:
-        """DPO on the data's pairs; the first β pays for the frozen blocks' output and the reference's scores.
+        """DPO on the data's pairs, with the frozen blocks' output and the reference's scores in its time.
 
         updates: of a short run, with a short warm-up, on pairs drawn by seed; without it one pass over all pairs.
         """
         model, plan = self.fresh(), self.plan(seed=seed)
-        scorer = scorer_of(self.settings, self.data, model, "train")
         started = time.process_time()
         pairs: Sequence[Any] = self.data.train
         if updates:
             order = epoch_order(len(pairs), seed, 0)[: updates * plan.batch_size]
             pairs, plan = [pairs[i] for i in order], replace(plan, warmup_steps=WARMUP)
-            scorer = FastScorer(model, pairs, self.settings.freeze_layers)
+        scorer = FastScorer(model, pairs, self.settings.freeze_layers)
         reference = score_pairs(self.base, pairs, scorer, self.compute)
         rows = self.fit(model, pairs, scorer, DPOObjective(reference, beta), plan)
         spent = time.process_time() - started
@@ -181,15 +184,18 @@ class Bench:
 
     def rloo(
         self, beta: float, rate: float, updates: int, pairs: int = 4000, *, seed: int = 0, every: int = 0,
-        prompts: int | None = None, texts: int = 0,
+        prompts: int | None = None, texts: int = 0, schedule: str = "linear",
     ) -> dict[str, Any]:  # fmt: skip
-        """RLOO against a reward model, at a constant rate after a short warm-up. prompts: those it is measured on."""
+        """RLOO against a reward model, from a short warm-up at a rate that falls to 0, as DPO's, or stays.
+
+        prompts: those it is measured on.
+        """
         model = self.fresh()
         order = epoch_order(len(self.data.train), seed, 0)[: updates * PROMPTS]
         part = [self.data.train[i] for i in order]
         sampler = self.sampler(self.scores[pairs], [pair.prompt for pair in part])
         plan = self.plan(
-            learning_rate=rate, optimizer="adamw", schedule="constant", warmup_steps=WARMUP, max_grad_norm=1.0,
+            learning_rate=rate, optimizer="adamw", schedule=schedule, warmup_steps=WARMUP, max_grad_norm=1.0,
             batch_size=PROMPTS, micro_batch_size=PROMPTS, epochs=1, seed=seed,
         )  # fmt: skip
         measuring = 0.0
@@ -218,20 +224,23 @@ class Bench:
         """The best of n by each reward model, and by the truth: 16 samples of the reference per held-out prompt."""
         ids, most = encode_prompts(self.tokenizer, self.held_out, self.settings.max_prompt_length), max(BEST_OF)
         sampler, pairs = self.sampler(self.true, ids), []
+        judges = {f"score_{n}": self.scores[n] for n in REWARD_PAIRS} | {"true_reward": self.true}
         torch.manual_seed(self.settings.seed)
+        started, spent = time.process_time(), 0.0
         for start in range(0, len(ids), 8):
             pairs += sampler.draw(self.base, ids[start : start + 8], most)
         self.tokens += sampler.tokens
         judged: dict[str, torch.Tensor] = {}
-        for name, score in {"true_reward": self.true, **{f"score_{n}": self.scores[n] for n in REWARD_PAIRS}}.items():
+        for name, score in judges.items():  # the one that counts comes first
             judged[name] = replace(sampler, score=score).scores(pairs).view(len(ids), most)
+            spent = spent or time.process_time() - started
         found: dict[str, Any] = {}
         for judge, scores in judged.items():
             for n in BEST_OF:
                 row = found.setdefault(judge, {})[str(n)] = {}
                 for name, values in judged.items():
                     row[name], row[f"{name}_se"] = mean_and_error(best_of(scores, values, n))
-        return {"by": found}
+        return {"training_cpu_s": spent, "by": found}
 
     def on_policy(self, noisy_world: bool, beta: float = BETA) -> dict[str, Any]:
         """DPO on the policy's own samples, labelled by the world with its noise, or by the reward model without."""
@@ -251,13 +260,11 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     """What notebook c shows of the results: `show.rlhf.stored`. Costs are of the training, without its measurements."""
     parts, models = results["parts"], {n: results["parts"][f"reward model, {n} pairs"] for n in REWARD_PAIRS}
     strong, start = models[REWARD_PAIRS[0]], parts["reference"]["metrics"]
-    tried = [parts[f"RLOO rate {rate:g}"] for rate in RATES]
-    per_update = sum(part["training_cpu_s"] for part in tried) / sum(len(part["rows"]) for part in tried)
     methods, peaks = list[dict[str, Any]](), parts["peak memory"]["mb"]
 
     def add(family: str, name: str, short: str, metrics: dict[str, Any], part: dict[str, Any], seconds: float) -> None:
         paid = family in ("RLOO", "best of n") or "reward model" in name
-        reward_s = strong["cpu_s"] if paid else 0.0
+        reward_s = strong["training_cpu_s"] if paid else 0.0
         peak = max(peaks[family], peaks["reward model"] if paid else 0.0)
         cost: dict[str, Any] = {"tokens": part["tokens"], "peak_mb": peak, "cpu_s": seconds + reward_s}
         cost["settings"] = [*SETTINGS[family], *(f"reward model: {name}" for name in REWARD_SETTINGS if paid)]
@@ -269,14 +276,14 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         add("DPO", f"DPO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, part["training_cpu_s"])
     for beta in RLOO_BETAS:
         part = parts[f"RLOO {beta:g}"]
-        add("RLOO", f"RLOO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, UPDATES * per_update)
+        add("RLOO", f"RLOO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, part["training_cpu_s"])
     part, judge = parts["best of n"], f"score_{REWARD_PAIRS[0]}"
     for n in BEST_OF[1:]:
         bound = math.log(n) - (n - 1) / n
         row = {**part["by"][judge][str(n)], "kl": bound, "kl_se": 0.0}
         share = n / max(BEST_OF)  # of the samples that were drawn and scored
         paid = {**part, "tokens": round(part["tokens"] * share)}
-        add("best of n", f"best of {n}", f"n = {n}", row, paid, part["cpu_s"] * share)
+        add("best of n", f"best of {n}", f"n = {n}", row, paid, part["training_cpu_s"] * share)
     for labels in LABELS:
         part = parts[f"on-policy DPO, {labels}"]
         judge = labels.removesuffix("'s labels").split()[-1]
@@ -293,7 +300,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         "baselines": parts["reference"]["baselines"], "methods": methods,
         "dpo_accuracy": {key: parts[f"DPO {BETA:g}"][key] for key in ("reward_accuracy", "reward_accuracy_se")},
         "reward_models": {
-            str(n): {key: model[key] for key in ("accuracy", "accuracy_se", "calibration", "cpu_s")}
+            str(n): {key: model[key] for key in ("accuracy", "accuracy_se", "calibration")}
             for n, model in models.items()
         },
         "best_of": part_of_best(parts["best of n"]),
@@ -374,7 +381,8 @@ def main() -> None:
     rloo(f"RLOO {BETA:g}", BETA, UPDATES, every=EVERY, texts=12)
     part(f"DPO {BETA:g}", partial(bench.dpo, BETA))
     part("best of n", bench.best_of)
-    rloo("over-optimisation", PUSH_BETA, PUSH_UPDATES, pairs=REWARD_PAIRS[1], every=EVERY, texts=12)
+    pushed = {"pairs": REWARD_PAIRS[1], "every": PUSH_EVERY, "schedule": "constant", "texts": 12}
+    rloo("over-optimisation", PUSH_BETA, PUSH_UPDATES, **pushed)
     for labels, noisy in LABELS.items():
         part(f"on-policy DPO, {labels}", partial(bench.on_policy, noisy))
 

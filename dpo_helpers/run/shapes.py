@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import DataError
 from ..hh import ASSISTANT, HUMAN
 
 Turn = tuple[str, str]  # role, content
@@ -20,7 +21,7 @@ WANTED = (
 )
 
 
-class ShapeError(ValueError):
+class ShapeError(DataError):
     """Why a row cannot be turned into HH's text."""
 
 

@@ -84,6 +84,23 @@ def _both(a_first: Sequence[str], a_second: Sequence[str]) -> float:
     return sum((x, y) == ("first", "second") for x, y in zip(a_first, a_second, strict=True)) / len(a_first)
 
 
+def _zheng(a_first: Sequence[str], a_second: Sequence[str]) -> float:
+    """Won if both orders say so, lost if both do, else a tie (Zheng et al. 2023, section 3.4)."""
+    of_a = [1.0 if (x, y) == ("first", "second") else 0.0 if (x, y) == ("second", "first") else 0.5
+            for x, y in zip(a_first, a_second, strict=True)]  # fmt: skip
+    return sum(of_a) / len(of_a)
+
+
+def _by_majority(a_first: Sequence[str], a_second: Sequence[str]) -> float:
+    of_a = [POINTS[x] + 1 - POINTS[y] for x, y in zip(a_first, a_second, strict=True)]
+    return sum((points > 1) + 0.5 * (points == 1) for points in of_a) / len(of_a)
+
+
+def _agreeing_without_ties(a_first: Sequence[str], a_second: Sequence[str]) -> float:
+    of_a = [x == "first" for x, y in zip(a_first, a_second, strict=True) if {x, y} == {"first", "second"}]
+    return sum(of_a) / len(of_a)
+
+
 def _verdicts() -> list[tuple[list[str], list[str]]]:
     return [
         (["first", "first", "second", "tie", "first"], ["second", "first", "second", "first", "tie"]),
@@ -105,6 +122,10 @@ EXERCISES: tuple[Exercise, ...] = (
                     (_between(lambda ids, n, last: n, lambda ids, n, last: last + 2),)),
             Mistake("An earlier turn's end is taken for the answer's",
                     "user turns end with the same token: look for it behind the prompt", _first_end),
+            Mistake("The place of the end is counted from the answer's start",
+                    "ids[prompt_length:].index(end) begins to count at prompt_length: add it, or use "
+                    "ids.index(end, prompt_length)",
+                    lambda ids, n, end: [n <= i <= ids[n:].index(end) for i in range(len(ids))]),
             Mistake("One token of the prompt is scored",
                     "the prompt is ids 0 to prompt_length − 1, with the header that opens the answer",
                     _between(lambda ids, n, last: n - 1, lambda ids, n, last: last + 1)),
@@ -175,7 +196,10 @@ EXERCISES: tuple[Exercise, ...] = (
                     _without_ties),
             Mistake("Only prompts where both orders agree",
                     "where the judge contradicts itself it prefers nobody: that is half a win, not a missing prompt",
-                    _agreeing),
+                    _agreeing, (_agreeing_without_ties,)),
+            Mistake("A prompt is won only if both orders say so",
+                    "that is the rule of Zheng et al.; here each verdict counts by itself, so a win and a tie are ¾",
+                    _zheng, (_by_majority,)),
             Mistake("Only what is won in both orders counts",
                     "one win of two is half a win", _both),
             Mistake("Only one order is used",

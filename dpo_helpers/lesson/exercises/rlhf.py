@@ -80,6 +80,17 @@ def _loss(
     return losses
 
 
+def _kl_as_a_term(logps: Tensor, reference: Tensor, scores: Tensor, beta: float) -> Tensor:
+    return (-leave_one_out(scores) * logps + beta * (logps - reference)).mean(dim=1)
+
+
+def _with_price(price: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """A solution of c.4 with another price in the reward."""
+    return lambda logps, reference, scores, beta: (
+        -leave_one_out(scores - price(logps, reference, beta)).detach() * logps
+    ).mean(dim=1)
+
+
 def _with_itself(rewards: Tensor) -> Tensor:
     return rewards - rewards.mean(dim=1, keepdim=True)
 
@@ -90,7 +101,7 @@ EXERCISES: tuple[Exercise, ...] = (
         (
             Mistake("The reward is read on padding",
                     "the last column is padding in shorter rows; the mask says how many tokens a row has",
-                    lambda scores, mask: scores[:, -1]),
+                    lambda scores, mask: scores[:, -1], (lambda scores, mask: (scores * mask)[:, -1],)),
             Mistake("That is the first place of the padding",
                     "a row of n tokens has its last one at place n − 1, since places count from 0",
                     _shifted(0), (lambda scores, mask: scores[torch.arange(len(scores)), mask.argmin(dim=1)],)),
@@ -124,7 +135,8 @@ EXERCISES: tuple[Exercise, ...] = (
         (
             Mistake("The KL has the wrong sign",
                     "being far from the reference costs: a log-ratio above 0 must lower the reward",
-                    _priced(lambda r: -r)),
+                    _priced(lambda r: -r),
+                    (lambda scores, logps, reference, beta: scores + beta * (logps - reference),)),
             Mistake("A gradient flows through the log-ratio",
                     "a reward is a number that judges a sample: .detach() keeps the gradient out of it",
                     lambda scores, logps, reference, beta: scores - beta * (logps - reference)),
@@ -144,7 +156,8 @@ EXERCISES: tuple[Exercise, ...] = (
                     "β is the price of a nat: it multiplies the log-ratio alone",
                     lambda scores, logps, reference, beta: beta * scores - (logps - reference).detach(),
                     (lambda scores, logps, reference, beta: beta * (scores - (logps - reference).detach()),
-                     lambda scores, logps, reference, beta: scores - (logps - reference).detach() / beta)),
+                     lambda scores, logps, reference, beta: scores - (logps - reference).detach() / beta,
+                     lambda scores, logps, reference, beta: scores - (beta * logps - reference).detach())),
             Mistake("β is forgotten",
                     "each nat costs β",
                     lambda scores, logps, reference, beta: scores - (logps - reference).detach()),
@@ -169,7 +182,7 @@ EXERCISES: tuple[Exercise, ...] = (
         "c.3", "The baseline that leaves one out", 1, 6, leave_one_out,
         (
             Mistake("The baseline includes the sample itself",
-                    "then a good sample raises what it is compared with, and the gradient shrinks by (k − 1)/k: take "
+                    "then a good sample raises what it is compared with, and the gradient gets too small: take "
                     "the mean of the other k − 1",
                     _with_itself),
             Mistake("The mean is over all prompts",
@@ -177,6 +190,9 @@ EXERCISES: tuple[Exercise, ...] = (
                     lambda rewards: rewards - rewards.mean(),
                     (lambda rewards: rewards - rewards.mean(dim=0),
                      lambda rewards: rewards - (rewards.sum() - rewards) / (rewards.numel() - 1))),
+            Mistake("The sum still holds the sample itself",
+                    "take its own reward out of the sum before you divide by k − 1",
+                    lambda rewards: rewards - rewards.sum(dim=1, keepdim=True) / (rewards.shape[1] - 1)),
             Mistake("You divided by k",
                     "the other samples are k − 1",
                     lambda rewards: rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / rewards.shape[1]),
@@ -206,7 +222,16 @@ EXERCISES: tuple[Exercise, ...] = (
         (
             Mistake("The advantage is not detached",
                     "it depends on logps through the price, and the product then has a second gradient: .detach()",
-                    _loss(detached=False)),
+                    _loss(detached=False), (_loss(detached=False, mean=lambda gain: gain.sum(dim=1)),)),
+            Mistake("The KL is a term of the loss",
+                    "the log-ratio of a sample has a gradient whose mean is 0, so as a term of its own it costs "
+                    "nothing: the price belongs into the reward",
+                    _kl_as_a_term),
+            Mistake("β is forgotten",
+                    "each nat costs β", _with_price(lambda logps, reference, beta: logps - reference)),
+            Mistake("The reference is missing",
+                    "the price is for the distance from π_ref: log π_θ − log π_ref",
+                    _with_price(lambda logps, reference, beta: beta * logps)),
             Mistake("You climb down",
                     "an optimizer minimises: the loss is minus the gain", _loss(sign=-1.0)),
             Mistake("The baseline includes the sample itself",
@@ -236,7 +261,8 @@ EXERCISES: tuple[Exercise, ...] = (
                     "a gradient must come through the log-probabilities of the samples, each weighted with its "
                     "advantage: the score of a sample does not depend on the weights",
                     _loss(weight=torch.ones_like, detached=False),
-                    (_loss(lambda rewards: rewards, weight=torch.ones_like, detached=False),)),
+                    (_loss(lambda rewards: rewards, weight=torch.ones_like, detached=False),
+                     _loss(weight=torch.detach, detached=False))),
         ),
         cases=_priced_cases, observe=_watch_gradient,
     ),
