@@ -44,8 +44,8 @@ OUT = RESULTS / "rlhf.json"
 REWARD_PAIRS = (4000, 500)  # of the reward models
 DPO_BETAS = RLOO_BETAS = (0.1, 0.5, 1.0)
 BETA = 0.5  # the main one, of the course and of the study
-RATES = (2e-4, 5e-4, 1e-3, 2e-3)  # tried for RLOO
-RATE_UPDATES, UPDATES, PROMPTS, SAMPLES = 16, 160, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
+RATES = (5e-4, 1e-3, 2e-3)  # tried for RLOO
+UPDATES, PROMPTS, SAMPLES = 160, 16, 4  # of RLOO: updates; prompts and samples per prompt of each
 WARMUP = 4  # updates, of RLOO and of the short runs
 ON_POLICY_ROUNDS, ON_POLICY_PROMPTS = 3, 960  # 320 pairs per round
 LABELS = {"the world's labels": True, "the reward model's labels": False}  # and whether they have its noise
@@ -256,10 +256,16 @@ class Bench:
         return {"training_cpu_s": spent, "updates": len(rows), "metrics": self.measure(model)}
 
 
+def objective(part: dict[str, Any], beta: float) -> float:
+    """What RLOO maximises, on held-out prompts: the reward model's score - β × KL."""
+    return float(part["metrics"][f"score_{REWARD_PAIRS[0]}"] - beta * part["metrics"]["kl"])
+
+
 def summary(results: dict[str, Any]) -> dict[str, Any]:
     """What notebook c shows of the results: `show.rlhf.stored`. Costs are of the training, without its measurements."""
     parts, models = results["parts"], {n: results["parts"][f"reward model, {n} pairs"] for n in REWARD_PAIRS}
     strong, start = models[REWARD_PAIRS[0]], parts["reference"]["metrics"]
+    main = parts[f"RLOO {BETA:g}, rate {results['rate']:g}"]
     methods, peaks = list[dict[str, Any]](), parts["peak memory"]["mb"]
 
     def add(family: str, name: str, short: str, metrics: dict[str, Any], part: dict[str, Any], seconds: float) -> None:
@@ -275,7 +281,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         part = parts[f"DPO {beta:g}"]
         add("DPO", f"DPO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, part["training_cpu_s"])
     for beta in RLOO_BETAS:
-        part = parts[f"RLOO {beta:g}"]
+        part = parts[f"RLOO {beta:g}, rate {results['rate']:g}"]
         add("RLOO", f"RLOO, β = {beta:g}", f"β = {beta:g}", part["metrics"], part, part["training_cpu_s"])
     part, judge = parts["best of n"], f"score_{REWARD_PAIRS[0]}"
     for n in BEST_OF[1:]:
@@ -304,8 +310,13 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
             for n, model in models.items()
         },
         "best_of": part_of_best(parts["best of n"]),
-        "curves": {name: parts[name]["curve"] for name in (f"RLOO {BETA:g}", "over-optimisation")},
-        "seeds": {"start": parts[f"RLOO {BETA:g}"]["curve"][0], **seeds},
+        "rates": {
+            f"{rate:g}": {key: part["metrics"][key] for key in ("kl", "true_reward", "true_reward_se")}
+            | {"objective": objective(part, BETA)}
+            for rate, part in ((rate, parts[f"RLOO {BETA:g}, rate {rate:g}"]) for rate in RATES)
+        },
+        "curves": {f"RLOO {BETA:g}": main["curve"], "over-optimisation": parts["over-optimisation"]["curve"]},
+        "seeds": {"start": main["curve"][0], **seeds},
     }  # fmt: skip
 
 
@@ -368,21 +379,20 @@ def main() -> None:
         made: dict[str, Any] = results["parts"][name]
         return made
 
-    def rloo(name: str, beta: float, updates: int, **more: Any) -> None:
-        part(name, lambda: bench.rloo(beta, rate, updates, **more))
+    def rloo(name: str, beta: float, **more: Any) -> None:
+        part(name, lambda: bench.rloo(beta, rate, **more))
 
     get_reference(bench.settings)
     for pairs in REWARD_PAIRS:
         part(f"reward model, {pairs} pairs", partial(bench.train_reward, pairs))
     part("reference", bench.reference)
-    short = {"updates": RATE_UPDATES, "prompts": CURVE_PROMPTS}
-    tried = {r: part(f"RLOO rate {r:g}", partial(bench.rloo, BETA, r, **short)) for r in RATES}
-    rate = results["rate"] = max(RATES, key=lambda r: shown.late_reward(tried[r]["rows"], BETA))
-    rloo(f"RLOO {BETA:g}", BETA, UPDATES, every=EVERY, texts=12)
+    whole = {"updates": UPDATES, "every": EVERY, "texts": 12}
+    tried = {r: part(f"RLOO {BETA:g}, rate {r:g}", partial(bench.rloo, BETA, r, **whole)) for r in RATES}
+    rate = results["rate"] = max(RATES, key=lambda r: objective(tried[r], BETA))
     part(f"DPO {BETA:g}", partial(bench.dpo, BETA))
     part("best of n", bench.best_of)
-    pushed = {"pairs": REWARD_PAIRS[1], "every": PUSH_EVERY, "schedule": "constant", "texts": 12}
-    rloo("over-optimisation", PUSH_BETA, PUSH_UPDATES, **pushed)
+    pushed = {"updates": PUSH_UPDATES, "pairs": REWARD_PAIRS[1], "every": PUSH_EVERY, "texts": 12}
+    rloo("over-optimisation", PUSH_BETA, schedule="constant", **pushed)
     for labels, noisy in LABELS.items():
         part(f"on-policy DPO, {labels}", partial(bench.on_policy, noisy))
 
@@ -391,9 +401,9 @@ def main() -> None:
     part("peak memory", lambda: {"mb": {family: peak_of(family) for family in ("reward model", *SETTINGS)}})
     for seed in range(1, SEEDS + 1):
         part(f"DPO, seed {seed}", partial(bench.dpo, BETA, seed, SEED_UPDATES["DPO"], SEED_PROMPTS))
-        rloo(f"RLOO, seed {seed}", BETA, SEED_UPDATES["RLOO"], seed=seed, prompts=SEED_PROMPTS)
+        rloo(f"RLOO, seed {seed}", BETA, updates=SEED_UPDATES["RLOO"], seed=seed, prompts=SEED_PROMPTS)
     for beta in RLOO_BETAS:
-        rloo(f"RLOO {beta:g}", beta, UPDATES, every=EVERY, texts=12)
+        rloo(f"RLOO {beta:g}, rate {rate:g}", beta, **whole)
     shown.STORED.write_text(json.dumps(summary(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -74,6 +74,7 @@ def parse_row(row: object, index: int = 0) -> Pair | Finding:
             return Finding(index, f"{side!r} is {type(text).__name__}, not text")
         if "\0" in text or text != text.encode(errors="ignore").decode():
             return Finding(index, f"{side} holds a NUL or a lone surrogate")
+        text = f"\n\n{text.lstrip()}" if text.lstrip().startswith(HUMAN.lstrip()) else text  # may be stripped
         if ASSISTANT not in text:
             return Finding(index, f"{side} has no Assistant turn")
         cut[side] = split_prompt(text)

@@ -85,7 +85,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_prompt_length: in
     """Token ids of prompts: what the tokenizer begins a text with, then as many of the last ones as fit."""
     start = start_ids(tokenizer)
     ids_of = encode_texts(tokenizer, prompt_texts(tokenizer, prompts), special=has_template(tokenizer))
-    return [_last(start, ids, max_prompt_length) for ids in ids_of]
+    return [_last(tokenizer, start, ids, max_prompt_length) for ids in ids_of]
 
 
 def prompt_texts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
@@ -109,7 +109,9 @@ def start_ids(tokenizer: Any) -> list[int]:
     return whole[: whole.index(first)] if first in whole else []
 
 
-def _last(start: list[int], ids: list[int], count: int) -> list[int]:
+def _last(tokenizer: Any, start: list[int], ids: list[int], count: int) -> list[int]:
+    if [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id] == [0]:  # written by a chat template
+        start, ids = ids[:1], ids[1:]
     return start + ids[max(0, len(ids) - max(0, count - len(start))) :]
 
 
@@ -149,7 +151,7 @@ def encode_pairs(
             both = [[*side[shared:], tokenizer.eos_token_id] for side in both]
             length, kept, room = len(start) + len(prompt), start + prompt, max_length
             if length + max(map(len, both)) > max_length:
-                kept = _last(start, prompt, max_prompt_length)
+                kept = _last(tokenizer, start, prompt, max_prompt_length)
                 room = max_length - len(kept)
             cuts = (max(0, len(side) - room) for side in both)
             yield EncodedPair(kept, both[0][:room], both[1][:room], pair.index, length - len(kept), *cuts)
@@ -162,8 +164,7 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     length = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    attention = torch.zeros_like(ids)
-    in_response = torch.zeros_like(ids, dtype=torch.bool)
+    attention, in_response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for i, (prompt, response) in enumerate(rows):
         end = len(prompt) + len(response)
         ids[i, :end] = torch.tensor(prompt + response)
@@ -180,8 +181,7 @@ def by_length(pairs: Sequence[EncodedPair]) -> list[int]:
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n pairs in an epoch: a permutation that depends on (seed, epoch) and nothing else."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
 def batch_order(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[tuple[int, list[int]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import tiny_gpt2
 from dpo_helpers.errors import DataError, ModelError
@@ -110,6 +110,19 @@ def test_the_beginning_of_text_stands_once(tokenizer):
     (ids,) = encode_prompts(chat, [PROMPT], 128)
     assert start_ids(chat) == []
     assert ids.count(chat.bos_token_id) == 1
+    (cut,) = encode_prompts(chat, [PROMPT], 9)
+    assert cut == [chat.bos_token_id, *ids[-8:]], "it stays where the prompt is cut, within the same length"
+    pair = encode_pair(chat, PAIR, max_length=len(ids), max_prompt_length=9)
+    assert pair.prompt == cut
+
+
+def test_the_beginning_of_a_turn_is_no_beginning_of_text(tokenizer):
+    """SmolLM2 names <|im_start|>, which begins every turn, as its beginning of text: a cut prompt does not get one."""
+    chat = with_template(tokenizer, CHATML)
+    chat.bos_token = "<|im_start|>"
+    (ids,) = encode_prompts(chat, [PROMPT], 128)
+    assert ids.count(chat.bos_token_id) > 1
+    assert encode_prompts(chat, [PROMPT], 9) == [ids[-9:]]
 
 
 def test_the_end_of_turn_ends_responses(folder, chat):
@@ -120,6 +133,8 @@ def test_the_end_of_turn_ends_responses(folder, chat):
 
 
 WRONG = {
+    CHATML.replace("+ message['content']", "+ ' ' + message['content']"): "renders a prompt|writes ' ' between",
+    CHATML.replace("+ '<|im_end|>", "+ '\\n<|im_end|>"): "blanks first",
     CHATML.replace("+ message['content']", "+ ('' if loop.last else message['content'])"): "writes ''|renders a prompt",
     CHATML + "{{ '' if add_generation_prompt else '!' }}": "ends an answer with '<.im_end.>\\\\n!', which is more than",
     "{% if not add_generation_prompt %}#{% endif %}" + CHATML: "renders a prompt otherwise once its answer follows",
@@ -153,6 +168,11 @@ def test_pairs_that_cannot_be_rendered_are_findings(tokenizer, chat):
     for part in ("prompt", "chosen", "rejected"):
         held = replace(PAIR, **{part: " <|im_end|>" + getattr(PAIR, part)})
         assert reason(chat, held) == (3, "held_out", "holds <|im_end|>, which the chat template gives a meaning")
+    plain = with_template(tokenizer, CHATML)
+    plain.add_special_tokens({"additional_special_tokens": []}, replace_extra_special_tokens=True)
+    plain.add_tokens([AddedToken("<end>", special=False)])
+    plain.eos_token = "<end>"
+    assert reason(plain, replace(PAIR, chosen=" a<end>"))[2] == "holds <end>, which the chat template gives a meaning"
     choosy = with_template(
         tokenizer, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     )

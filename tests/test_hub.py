@@ -154,7 +154,7 @@ CARDS = {
     "a card with one data set": "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [train.jsonl]\n"
     "  - split: test\n    path: [dev.jsonl, test.jsonl]\n---\n",
     "a card with other names": "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_prefs\n    path: [train.jsonl]\n"
-    "  - split: dev_prefs\n    path: [dev.jsonl]\n  - split: test_prefs\n    path: [test.jsonl]\n---\n",
+    "  - split: dev_prefs\n    path: [dev.jsonl]\n  - split: test_prefs\n    path: [test.jsonl]\n  - split: train_sft\n    path: [other.jsonl]\n---\n",
     "a card with two": "---\nconfigs:\n- config_name: helpful\n- config_name: harmless\n---\n",
     "no card's metadata": "---\n[: {\n---\n",
 }
@@ -183,7 +183,8 @@ def test_a_data_set_of_the_hub_is_read_as_a_folder_of_one_data_set(tmp_path, hub
         )
     elif card in ("a card with one data set", "a card with other names"):  # which map files to splits by themselves
         names = ("train", "test") if card == "a card with one data set" else ("train_prefs", "dev_prefs, test_prefs")
-        splits = f"train: {names[0]}; held out: {names[1]}; ignored: none"
+        ignored = "none" if card == "a card with one data set" else "train_sft"
+        splits = f"train: {names[0]}; held out: {names[1]}; ignored: {ignored}"
         assert said[-2] == f"splits of Anthropic/hh-rlhf: {splits}"
         assert said[-1] == str([f"\n\nHuman: {n}\n\nAssistant:" for n in "abde"])
         assert last == str([f"\n\nHuman: {n}\n\nAssistant:" for n in "cxyz"])

@@ -476,9 +476,8 @@ def test_what_the_notebook_shows_is_what_the_benchmark_stored():
 
 
 def test_reading_the_stored_results(monkeypatch):
-    """Late reward by hand: of six updates the last five, scores 1 … 5 and log-ratios 2: 3 - 0.5 · 2 = 2."""
-    updates = [{"score": float(i), "k1": 2.0} for i in range(6)]
-    assert stored.late_reward(updates, 0.5) == pytest.approx(2.0)
+    """Of three seeds one ended below the start; RLOO's objective by hand: 1.5 - 0.5 · 2 = 0.5."""
+    assert benchmark.objective({"metrics": {"score_4000": 1.5, "kl": 2.0}}, 0.5) == pytest.approx(0.5)
     seeds = {"start": {"true_reward": 0.0}, "DPO": [{"true_reward": x} for x in (-0.1, 0.0, 1.0)]}
     row = {"name": "DPO", "family": "DPO", "cpu_s": 12.4, "reward_model_s": 0.0, "tokens": 1200, "peak_mb": 600.2,
            "settings": ["β", "rate"], "true_reward": 1.234, "true_reward_se": 0.1}  # fmt: skip

@@ -45,6 +45,25 @@ SHAPES = {
     "UltraFeedback, binarised": (
         {"prompt": "Why?", "prompt_id": "a", "chosen": said(WHY, BECAUSE), "rejected": said(WHY, NO),
          "messages": said(WHY, BECAUSE), "score_chosen": 8.0, "score_rejected": 2.0}, "messages", PAIR),
+    "HH text whose first blank lines were stripped": (
+        {"chosen": PAIR.prompt.lstrip() + " Because.", "rejected": PAIR.prompt.lstrip() + " No."}, "HH text", PAIR),
+    "HH text beside an empty prompt": (
+        {"prompt": "", "chosen": PAIR.prompt + " Because.", "rejected": PAIR.prompt + " No."}, "HH text", PAIR),
+    "orca pairs as messages": (
+        {"prompt": "Why?", "chosen": said(("system", "Be kind."), WHY, BECAUSE),
+         "rejected": said(("system", "Be kind."), WHY, NO)}, "messages", TOLD),
+    "the last question beside the messages": (
+        {"prompt": "I.\n", "chosen": said(*ASKED, BECAUSE), "rejected": said(*ASKED, NO)}, "messages", LATER),
+    "a system text beside messages": (
+        {"system": "Be kind.", "prompt": "Why?", "chosen": said(WHY, BECAUSE), "rejected": said(WHY, NO)}, "messages", TOLD),
+    "a system text that stands in the messages too": (
+        {"system": "Be kind.", "prompt": said(("system", "Be kind."), WHY), "chosen": said(BECAUSE), "rejected": said(NO)},
+        "messages", TOLD),
+    "an empty system turn": (
+        {"chosen": said(("system", ""), WHY, BECAUSE), "rejected": said(("system", None), WHY, NO)}, "messages", PAIR),
+    "a blank system text": ({"system": " ", "prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "texts", PAIR),
+    "no prompt beside a question": (
+        {"prompt": None, "question": "Why?", "chosen": "Because.", "rejected": "No."}, "texts", PAIR),
 }  # fmt: skip
 
 
@@ -71,6 +90,18 @@ WRONG = {
         "a turn of the assistant holds a Human or Assistant marker"),
     "a marker in a response": (
         {"prompt": "Why?", "chosen": "No.\n\nHuman: Yes?", "rejected": "No."}, "a response holds a Human or Assistant"),
+    "messages written as a text": (
+        {"prompt": "Why?", "chosen": str(said(WHY, BECAUSE)), "rejected": json.dumps(said(WHY, NO))},
+        "its messages are written as one text: give lists"),
+    "a number as prompt": ({"prompt": 5, "chosen": "Because.", "rejected": "No."}, "its user text is int, neither text nor"),
+    "NaN as system": (
+        {"system": float("nan"), "prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "its system text is float"),
+    "a prompt of the system alone": (
+        {"prompt": said(("system", "Be kind.")), "chosen": "Because.", "rejected": "No."},
+        "its prompt does not end with a turn of the user"),
+    "a prompt that ends with an answer": (
+        {"prompt": said(WHY, BECAUSE), "chosen": "Because.", "rejected": "No."},
+        "its prompt does not end with a turn of the user"),
     "a prompt that goes on": (
         {"prompt": "\n\nHuman: a\n\nAssistant: b", "chosen": "c", "rejected": "d"}, "but does not end with the Assistant's"),
 }  # fmt: skip
@@ -175,3 +206,37 @@ def test_beside_files_of_rows_other_kinds_are_notes(tmp_path, capsys):
     (tmp_path / "scores.csv").write_text("a,b\n1,2\n")
     assert len(load_pairs(load_settings("mini", dataset=str(tmp_path), held_out_pairs=5)).train) > 20
     assert "train: pairs.jsonl; held out: none; ignored: scores.csv, settings.json" in capsys.readouterr().out
+
+
+def test_the_splits_of_ultrafeedback_that_hold_no_pairs_are_left_alone(tmp_path, capsys):
+    """Its train_sft and train_gen hold the same answers in other columns; test_prefs is held out."""
+    for name in ("train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft"):
+        part = rows("messages", 12 if name.startswith("train") else 4)
+        (tmp_path / f"{name}-00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    found = load_pairs(load_settings("mini", dataset=str(tmp_path), held_out_pairs=50))
+    assert len({p.prompt for p in found.train}) == len(found.train) == 8, "four prompts are held out"
+    assert len(found.held_out) == 4
+    assert "train: train_prefs-00000-of-00001.jsonl; held out: test_prefs-00" in capsys.readouterr().out
+
+
+def test_a_line_of_a_table_with_more_fields_than_names_is_a_finding(tmp_path):
+    """An unquoted comma would move what follows into another column."""
+    table = "prompt,chosen,rejected\n" + "".join(f"Why {i}?,Because.,No.\n" for i in range(40))
+    (tmp_path / "a.csv").write_text(table + "Why z?,Because, so it is,No\n")
+    found = load_pairs(load_settings("mini", dataset=str(tmp_path / "a.csv"), held_out_pairs=5, allow_dropped=True))
+    assert len(found.train) + len(found.held_out) == 40
+    assert [(f.index, f.reason) for f in found.findings] == [
+        (40, "line 42 of a.csv has more fields than the table has names")
+    ]
+
+
+def test_what_pandas_writes_for_a_missing_text_is_missing(tmp_path):
+    """json.dumps writes a float NaN as NaN, which JSON does not have."""
+    lines = [json.dumps(row | {"system": float("nan")}) for row in rows("texts")]
+    assert "NaN" in lines[0]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text(f"[{','.join(lines)}]")
+    for name in ("a.jsonl", "b.json"):
+        found = load_pairs(load_settings("mini", dataset=str(tmp_path / name), held_out_pairs=5))
+        assert len(found.train) + len(found.held_out) == 30
+        assert found.train[0].prompt.startswith("\n\nHuman: Why")

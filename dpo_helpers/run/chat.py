@@ -36,7 +36,9 @@ def end_of_turn(tokenizer: Any, name: str) -> str:
             raise _refused(name, "renders a prompt otherwise once its answer follows")
         before, found, end = whole.removeprefix(prompt).partition(ANSWER)
         if before or not found:
-            raise _refused(name, f"writes {before.strip()[:40]!r} between a prompt and its answer")
+            raise _refused(name, f"writes {before[:40]!r} between a prompt and its answer")
+    if end.strip() and end[0].isspace():
+        raise _refused(name, f"writes {end[:40]!r} behind an answer, blanks first")
     end = end.strip() or str(tokenizer.eos_token or "")
     if len(encode_texts(tokenizer, [end], special=True)[0]) > 1:
         raise _refused(name, f"ends an answer with {end[:40]!r}, which is more than one token")
@@ -58,7 +60,8 @@ def unrendered(tokenizer: Any, pair: Pair, split: str) -> Finding | None:
     """Why a chat template cannot render a pair, if so; without a template there is nothing to say."""
     if not has_template(tokenizer):
         return None
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added, end = tokenizer.added_tokens_decoder.values(), tokenizer.eos_token
+    special = [token.content for token in added if token.special or token.content == end]
     for text in (pair.prompt, pair.chosen, pair.rejected):
         if held := next((token for token in special if token in text), None):
             return Finding(pair.index, f"holds {held}, which the chat template gives a meaning", split=split)

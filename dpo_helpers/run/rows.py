@@ -21,6 +21,7 @@ MAX_ARRAY = 2**28  # bytes of a .json file, which is read as a whole
 COLUMNS = ("prompt", "question", "system", "chosen", "rejected")  # that a row may be read from: `shapes`
 _NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`, no data
 _BLANK = object()
+PAIRS = "prefs"  # in the names of those splits of UltraFeedback-binarized and its like that hold pairs
 # words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
 _TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|h[eo]ld[-_. ]?out)(?![a-z])")
@@ -82,7 +83,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
             row: object = _BLANK
             if line.strip():
                 try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_missing)
                 except (ValueError, RecursionError) as error:
                     row = Unreadable(f"line {number} of {path.name} is no JSON ({type(error).__name__})")
             yield len(line), row
@@ -96,8 +97,12 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
             return
     if path.stat().st_size > MAX_ARRAY:
         raise DataError(f"{path} is longer than {MAX_ARRAY} bytes, and an array is read as a whole: {_MAKE_LINES}")
-    for row in json.loads(path.read_text(encoding="utf-8-sig")):
+    for row in json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_missing):
         yield len(row) if isinstance(row, str) else 0, row
+
+
+def _missing(_: str) -> None:
+    """NaN, as pandas writes what is missing."""
 
 
 def _csv(path: Path) -> Iterator[tuple[int, object]]:
@@ -116,8 +121,12 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
 
     before = 0
     try:
-        for row in csv.DictReader(_lines(), strict=True):
-            yield read - before, {str(key): value if key in COLUMNS else None for key, value in row.items()}
+        table = csv.DictReader(_lines(), strict=True)
+        for row in table:
+            found: object = {str(key): value if key in COLUMNS else None for key, value in row.items()}
+            if any(row.get(None, ())):  # what DictReader has no name for
+                found = Unreadable(f"line {table.line_num} of {path.name} has more fields than the table has names")
+            yield read - before, found
             before = read
     except csv.Error as error:
         raise ValueError(str(error)) from error
@@ -168,13 +177,14 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {"train": [], "held out": [], "ignored": []}
     unnamed: list[Path] = []
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    is_split = any(PAIRS in path.name.lower() for path in files)
     # beside files of rows, .json and .csv are notes
     suffixes = ROWS if any(path.name.lower().endswith(ROWS) for path in files) else SUFFIXES
     for path in files:
         name = path.relative_to(folder).as_posix().lower()
         if any(part.startswith((".", "__")) for part in name.split("/")):
             continue
-        if not name.endswith(suffixes) or path.name in _NOTES:
+        if not name.endswith(suffixes) or path.name in _NOTES or (is_split and PAIRS not in path.name.lower()):
             parts["ignored"].append(path)
         elif not any(path.resolve().is_relative_to(root) for root in roots):
             raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")

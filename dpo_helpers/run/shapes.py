@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
 from ..hh import ASSISTANT, HUMAN
 
+_LISTED = re.compile(r"\s*\[\s*\{\s*.(role|content).\s*:")
 Turn = tuple[str, str]  # role, content
 MARKERS = {"user": HUMAN, "assistant": ASSISTANT}
 WANTED = (
@@ -34,7 +36,7 @@ def as_hh(row: object) -> tuple[object, str]:
     """
     if not isinstance(row, Mapping):
         return row, "no objects"
-    prompt = row.get("prompt", row.get("question"))
+    prompt = row.get("prompt") or row.get("question") or None
     sides: dict[str, Any] = {side: row.get(side) for side in ("chosen", "rejected")}
     if None in sides.values():
         named = [str(key) for key in row]
@@ -43,15 +45,18 @@ def as_hh(row: object) -> tuple[object, str]:
         if not any(side in row for side in sides):
             raise ShapeError(f"its columns are {', '.join(named[:12]) or 'none'}; {WANTED}")
         return row, "HH text"
+    system = turns_of(row.get("system"), "system")
+    if any(isinstance(side, str) and _LISTED.match(side) for side in sides.values()):
+        raise ShapeError("its messages are written as one text: give lists, in a .jsonl or .parquet file")
     are_lists = {isinstance(side, Sequence) and not isinstance(side, str) for side in sides.values()}
     if are_lists == {True}:
         first = turns_of(prompt, "user")
-        return {side: as_text(_after(first, turns_of(value, "assistant"))) for side, value in sides.items()}, "messages"
+        turns = {side: _after(system, first, turns_of(value, "assistant")) for side, value in sides.items()}
+        return {side: as_text(value) for side, value in turns.items()}, "messages"
     if prompt is None or not all(isinstance(side, str) for side in sides.values()):
         return row, "HH text"
-    system = turns_of(row.get("system"), "system")
     marked = isinstance(prompt, str) and ASSISTANT in f"\n\n{prompt.lstrip()}"
-    begin = as_text(system) + _marked(prompt) if marked else as_text([*system, *turns_of(prompt, "user")]) + ASSISTANT
+    begin = as_text(system) + _marked(prompt) if marked else as_text([*system, *_asked(prompt)]) + ASSISTANT
     return {side: _continued(begin, value) for side, value in sides.items()}, "texts"
 
 
@@ -59,6 +64,8 @@ def turns_of(value: Any, role: str) -> list[Turn]:
     """Messages as turns; a text is one turn of that role, nothing is none. ShapeError for what is no message."""
     if value is None or value == "":
         return []
+    if not isinstance(value, Sequence):
+        raise ShapeError(f"its {role} text is {type(value).__name__}, neither text nor a list of messages")
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     turns = []
@@ -68,11 +75,13 @@ def turns_of(value: Any, role: str) -> list[Turn]:
         role, content = message["role"], message["content"]
         if role not in ("system", *MARKERS):
             raise ShapeError(f"a message has the role {str(role)[:40]!r}: known are system, user and assistant")
+        if role == "system" and not str(content or "").strip():
+            continue
         if not isinstance(content, str) or not content.strip():
             raise ShapeError(f"an empty turn of the {role}")
         if any(marker in f"\n\n{content}" for marker in MARKERS.values()):
             raise ShapeError(f"a turn of the {role} holds a Human or Assistant marker")
-        turns.append((role, content))
+        turns.append((role, content.strip()))
     return turns
 
 
@@ -85,10 +94,17 @@ def as_text(turns: Sequence[Turn]) -> str:
     return "".join(f"{MARKERS[role]} {text.strip()}" if role in MARKERS else text.strip() for role, text in turns)
 
 
-def _after(first: Sequence[Turn], turns: list[Turn]) -> list[Turn]:
+def _after(system: list[Turn], first: list[Turn], turns: list[Turn]) -> list[Turn]:
     """The turns of one side behind the prompt's, which it may begin with."""
-    begins = turns[: len(first)] == list(first)
-    return turns if begins else [*first, *turns]
+    turns = turns if {*first} <= {*turns[:-1]} else [*first, *turns]
+    return turns if turns[:1] and turns[0][0] == "system" else [*system, *turns]
+
+
+def _asked(prompt: Any) -> list[Turn]:
+    turns = turns_of(prompt, "user")
+    if not turns or turns[-1][0] != "user":
+        raise ShapeError("its prompt does not end with a turn of the user")
+    return turns
 
 
 def _marked(prompt: str) -> str:

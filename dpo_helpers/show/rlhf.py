@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 STORED = Path(__file__).with_name("rlhf.json")  # written by benchmarks.rlhf
-LATE = 5  # updates at the end of a training that `late_reward` averages
 
 
 @cache
 def stored() -> dict[str, Any]:
     """All stored numbers. methods: rows with name, family, short, kl, true_reward, scores and costs; and by name:
-    reward_models, baselines, reference, curves, seeds, sizes."""
+    reward_models, baselines, reference, rates, curves, seeds, sizes."""
     found: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
     return found
 
@@ -27,12 +25,6 @@ def method(name: str) -> dict[str, Any]:
         raise KeyError(f"no method {name!r}; there are {', '.join(rows)}")
     found: dict[str, Any] = rows[name]
     return found
-
-
-def late_reward(rows: Sequence[Mapping[str, Any]], beta: float) -> float:
-    """What RLOO raises, score - β × KL, over the last LATE updates. rows: score and k1 of each update's samples."""
-    late = rows[-LATE:]
-    return sum(float(row["score"]) - beta * float(row["k1"]) for row in late) / len(late)
 
 
 def cost_rows() -> list[dict[str, Any]]:
