@@ -1,5 +1,8 @@
 """Precision by chip: the CUDA queries are replaced, since the machine that tests may have no GPU."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -75,8 +78,21 @@ def test_the_allowance_for_rounding_grows_with_the_tokens_in_16_bits_alone():
     assert [rounding(Compute(at, p), 30) for p in ("fp16", "bf16")] == pytest.approx([1.5, 1.5])
 
 
-def test_peak_memory_is_of_this_process():
-    assert 0.1 < peak_memory_gb(Compute(torch.device("cpu"), "fp32")) < 100
+CHILD = """
+import torch
+from dpo_helpers.device import Compute
+from dpo_helpers.run.machine import peak_memory_gb
+print(peak_memory_gb(Compute(torch.device("cpu"), "fp32")))
+"""
+
+
+def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it():
+    """A child begins with its parent's peak in getrusage: here that of 800 MB, which are given back before."""
+    ballast = torch.ones(200_000_000)
+    own = peak_memory_gb(Compute(torch.device("cpu"), "fp32"))
+    del ballast
+    result = subprocess.run([sys.executable, "-c", CHILD], check=True, capture_output=True, text=True)
+    assert 0.1 < float(result.stdout) < own - 0.4 < 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -82,7 +83,10 @@ def peak_memory_gb(compute: Compute) -> float:
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 1e9
-    import resource
+    if sys.platform == "darwin":
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    # not ru_maxrss, which begins with the peak of the process that started this one
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
