@@ -7,6 +7,7 @@ import pytest
 from dpo_helpers.errors import DataError
 from dpo_helpers.hh import Pair, parse_row
 from dpo_helpers.run.pairs import RowsError, load_pairs, parse_rows
+from dpo_helpers.run.rows import without_pairs
 from dpo_helpers.run.shapes import ShapeError, as_hh
 from dpo_helpers.settings import load_settings
 
@@ -217,6 +218,19 @@ def test_the_splits_of_ultrafeedback_that_hold_no_pairs_are_left_alone(tmp_path,
     assert len({p.prompt for p in found.train}) == len(found.train) == 8, "four prompts are held out"
     assert len(found.held_out) == 4
     assert "train: train_prefs-00000-of-00001.jsonl; held out: test_prefs-00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (["train_prefs", "train_sft", "test_gen", "test_prefs"], {"train_sft", "test_gen"}),
+        (["my_prefs.jsonl", "test.jsonl"], set()),
+        (["train_prefs.jsonl", "dev.jsonl"], set()),
+        (["train_a.jsonl", "train_b.jsonl", "test_a.jsonl"], set()),
+    ],
+)
+def test_only_what_says_that_it_is_something_else_is_left_alone(names, others):
+    assert without_pairs(names) == others
 
 
 def test_a_line_of_a_table_with_more_fields_than_names_is_a_finding(tmp_path):

@@ -19,7 +19,7 @@ from ..tokens import EncodedPair, encode_pairs
 from ..untrusted import one_line
 from ..worlds import embedded
 from .chat import unrendered
-from .rows import HELD_OUT, PAIRS, Unreadable, data_files, read_rows
+from .rows import HELD_OUT, Unreadable, data_files, read_rows, without_pairs
 from .shapes import ShapeError, as_hh
 from .sources import SUFFIXES, Source, fetched, first_line, opening, source_of
 
@@ -138,7 +138,7 @@ def _load_hub(source: Source) -> tuple[Iterable[object], Iterable[object] | None
         raise DataError(
             f"cannot read data set {source.name!r} ({first_line(error)}); give --dataset a folder with the files of one"
         ) from error
-    wanted = [name for name in parts if PAIRS in name.lower()] or list(parts)
+    wanted = [name for name in parts if name not in without_pairs(parts)]
     held_out = [name for name in wanted if HELD_OUT.search(name.lower())]
     others = [name for name in wanted if name not in held_out]
     train = "train" if "train" in others else others[0] if len(others) == 1 else None

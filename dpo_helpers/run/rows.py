@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from sys import getsizeof
 
@@ -21,7 +21,7 @@ MAX_ARRAY = 2**28  # bytes of a .json file, which is read as a whole
 COLUMNS = ("prompt", "question", "system", "chosen", "rejected")  # that a row may be read from: `shapes`
 _NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`, no data
 _BLANK = object()
-PAIRS = "prefs"  # in the names of those splits of UltraFeedback-binarized and its like that hold pairs
+_KIND = re.compile(r"(?<![a-z])(?:train|test|dev|validation)_([a-z]+)")
 # words in the name of a file or its folder: those of `datasets` (data_files.SPLIT_KEYWORDS), and our own "held out"
 _TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev|h[eo]ld[-_. ]?out)(?![a-z])")
@@ -163,6 +163,13 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
 }  # fmt: skip
 
 
+def without_pairs(names: Iterable[str]) -> set[str]:
+    """Of splits or files those that hold no pairs, where others say they do: train_sft beside train_prefs, as in
+    UltraFeedback-binarized and its like."""
+    kinds = {name: found[1] for name in names if (found := _KIND.search(name.lower()))}
+    return {name for name, kind in kinds.items() if kind != "prefs"} if "prefs" in kinds.values() else set()
+
+
 def data_files(folder: Path) -> dict[str, list[Path]]:
     """The files of a folder by what becomes of them, sorted by name: "train", "held out" or "ignored".
 
@@ -177,14 +184,14 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {"train": [], "held out": [], "ignored": []}
     unnamed: list[Path] = []
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    is_split = any(PAIRS in path.name.lower() for path in files)
+    others = without_pairs(path.name for path in files)
     # beside files of rows, .json and .csv are notes
     suffixes = ROWS if any(path.name.lower().endswith(ROWS) for path in files) else SUFFIXES
     for path in files:
         name = path.relative_to(folder).as_posix().lower()
         if any(part.startswith((".", "__")) for part in name.split("/")):
             continue
-        if not name.endswith(suffixes) or path.name in _NOTES or (is_split and PAIRS not in path.name.lower()):
+        if not name.endswith(suffixes) or path.name in _NOTES or path.name in others:
             parts["ignored"].append(path)
         elif not any(path.resolve().is_relative_to(root) for root in roots):
             raise DataError(f"{path} is a link to a place outside {folder}, which is not followed: copy the file there")
