@@ -110,7 +110,7 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 
 def _last(tokenizer: Any, start: list[int], ids: list[int], count: int) -> list[int]:
-    if [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id] == [0]:  # written by a chat template
+    if ids[:1] == [getattr(tokenizer, "bos_token_id", None)] and ids.count(ids[0]) == 1:  # a chat template wrote it
         start, ids = ids[:1], ids[1:]
     return start + ids[max(0, len(ids) - max(0, count - len(start))) :]
 

@@ -23,7 +23,7 @@ from dpo_helpers.tokens import (
 class Letters:
     """One id a character; 0 ends a text."""
 
-    eos_token_id, bos_token_id = 0, None
+    eos_token_id = 0
 
     def encode(self, text, *, add_special_tokens=True, split_special_tokens=True):
         return [ord(c) - 96 for c in text]
