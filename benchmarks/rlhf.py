@@ -38,7 +38,6 @@ from dpo_helpers.show import rlhf as shown
 from dpo_helpers.tokens import encode_prompts, epoch_order
 from dpo_helpers.training import DPOObjective, TrainPlan, train
 from dpo_helpers.uncertainty import mean_and_error
-from dpo_helpers.worlds import embedded
 
 OUT = RESULTS / "rlhf.json"
 REWARD_PAIRS = (4000, 500)  # of the reward models
@@ -115,7 +114,7 @@ class Bench:
         """Four samples per prompt."""
         return OnPolicy(prompts, self.base, score, self.eos, frozen=self.settings.freeze_layers, k=SAMPLES)
 
-    def measure(self, policy: Any, count: int | None = None, texts: int = 0) -> dict[str, Any]:
+    def measure(self, policy: Any, count: int | None = None) -> dict[str, Any]:
         """True reward, KL and the reward models' scores of one response to each held-out prompt (the first ones)."""
         prompts = self.held_out[:count]
         found = sample_and_measure(self.settings, self.tokenizer, policy, self.base, prompts)
@@ -125,12 +124,6 @@ class Bench:
         for pairs in REWARD_PAIRS:
             scores = self.scores[pairs](ids, [r.ids for r in found.responses])
             row[f"score_{pairs}"], row[f"score_{pairs}_se"] = mean_and_error(scores)
-            if texts:
-                row.setdefault("texts", [{"prompt": r.prompt, "text": r.text} for r in found.responses[:texts]])
-                for text, score in zip(row["texts"], scores.tolist(), strict=False):
-                    text[f"score_{pairs}"] = score
-        for text in row.get("texts", []):
-            text["true_reward"] = embedded.true_reward(text["prompt"], text["text"])
         return row
 
     @cached_property
@@ -142,7 +135,7 @@ class Bench:
 
     def reference(self) -> dict[str, Any]:
         """π_ref, measured."""
-        return {"metrics": self.measure(self.base, texts=12), "baselines": accuracy_baselines(self.settings)}
+        return {"metrics": self.measure(self.base), "baselines": accuracy_baselines(self.settings)}
 
     def train_reward(self, pairs: int) -> dict[str, Any]:
         """A reward model of the first pairs, its held-out accuracy and calibration."""
@@ -184,7 +177,7 @@ class Bench:
 
     def rloo(
         self, beta: float, rate: float, updates: int, pairs: int = 4000, *, seed: int = 0, every: int = 0,
-        prompts: int | None = None, texts: int = 0, schedule: str = "linear",
+        prompts: int | None = None, schedule: str = "linear",
     ) -> dict[str, Any]:  # fmt: skip
         """RLOO against a reward model, from a short warm-up at a rate that falls to 0, as DPO's, or stays.
 
@@ -217,7 +210,7 @@ class Bench:
         return {
             "training_cpu_s": spent, "updates": len(trained), "rows": trained,
             "curve": [row for row in rows if row["split"] == "held_out"],
-            "metrics": self.measure(model, prompts, texts),
+            "metrics": self.measure(model, prompts),
         }  # fmt: skip
 
     def best_of(self) -> dict[str, Any]:
@@ -297,12 +290,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     seeds = {kind: [parts[f"{kind}, seed {seed}"]["metrics"] for seed in range(1, SEEDS + 1)] for kind in SEED_UPDATES}
     return {
         "machine": results["machine"], "rate": results["rate"],
-        "sizes": {
-            "updates": UPDATES, "prompts": PROMPTS, "samples": SAMPLES, "pushed": PUSH_UPDATES,
-            "beta_pushed": PUSH_BETA, "seed_updates": SEED_UPDATES, "seed_prompts": SEED_PROMPTS,
-            "curve_prompts": CURVE_PROMPTS,
-        },
-        "reference": {key: value for key, value in start.items() if key != "texts"},
+        "reference": start,
         "baselines": parts["reference"]["baselines"], "methods": methods,
         "dpo_accuracy": {key: parts[f"DPO {BETA:g}"][key] for key in ("reward_accuracy", "reward_accuracy_se")},
         "reward_models": {
@@ -386,12 +374,12 @@ def main() -> None:
     for pairs in REWARD_PAIRS:
         part(f"reward model, {pairs} pairs", partial(bench.train_reward, pairs))
     part("reference", bench.reference)
-    whole = {"updates": UPDATES, "every": EVERY, "texts": 12}
+    whole = {"updates": UPDATES, "every": EVERY}
     tried = {r: part(f"RLOO {BETA:g}, rate {r:g}", partial(bench.rloo, BETA, r, **whole)) for r in RATES}
     rate = results["rate"] = max(RATES, key=lambda r: objective(tried[r], BETA))
     part(f"DPO {BETA:g}", partial(bench.dpo, BETA))
     part("best of n", bench.best_of)
-    pushed = {"updates": PUSH_UPDATES, "pairs": REWARD_PAIRS[1], "every": PUSH_EVERY, "texts": 12}
+    pushed = {"updates": PUSH_UPDATES, "pairs": REWARD_PAIRS[1], "every": PUSH_EVERY}
     rloo("over-optimisation", PUSH_BETA, schedule="constant", **pushed)
     for labels, noisy in LABELS.items():
         part(f"on-policy DPO, {labels}", partial(bench.on_policy, noisy))

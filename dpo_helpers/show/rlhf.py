@@ -13,7 +13,7 @@ STORED = Path(__file__).with_name("rlhf.json")  # written by benchmarks.rlhf
 @cache
 def stored() -> dict[str, Any]:
     """All stored numbers. methods: rows with name, family, short, kl, true_reward, scores and costs; and by name:
-    reward_models, baselines, reference, rates, curves, seeds, sizes."""
+    reward_models, baselines, reference, rates, curves, seeds."""
     found: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
     return found
 

@@ -50,7 +50,7 @@ def plot_rlhf_run(rows: Sequence[MetricsRow], folder: Path | None = None) -> str
     train = [row | {"kl": row["k1"]} for row in rows if row["split"] == "train"]
     titles = {"score": "Score by the reward model", "true_reward": "True reward", "kl": "KL(π_θ‖π_ref), nats"}
     for axis, key, colour in zip(axes, keys, COLOURS, strict=False):
-        curve(axis, [*train, *held], key, "k1" if key == "kl" else key.replace("_", " "), colour)
+        curve(axis, [*train, *held], key, "KL" if key == "kl" else key.replace("_", " "), colour)
         axis.set(xlabel="update", title=titles[key])
         legend(axis)
     ways = ", ".join(f"{key.replace('_', ' ')} {held[0][key]:.2f} → {held[-1][key]:.2f}" for key in keys)
