@@ -10,7 +10,6 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from ..device import Compute
 from ..errors import TrainingError
 from ..evaluation import sequence_kl
 from ..generation import Response, sample
@@ -71,7 +70,7 @@ def sample_and_measure(
             policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, compute=compute, seed=settings.seed,
             max_prompt_length=length, name=name,
         )  # fmt: skip
-        kls = response_kls(policy, reference, tokenizer, responses, compute, max_prompt_length=length)
+        kls = response_kls(policy, reference, tokenizer, responses, max_prompt_length=length)
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -91,18 +90,13 @@ def sample_and_measure(
 
 @torch.no_grad()
 def response_kls(
-    policy: Any,
-    reference: Any,
-    tokenizer: Any,
-    responses: Sequence[Response],
-    compute: Compute,
-    *,
-    max_prompt_length: int,
+    policy: Any, reference: Any, tokenizer: Any, responses: Sequence[Response], *, max_prompt_length: int,
     batch_size: int = 16,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The estimates of `evaluation.sequence_kl` for each sampled response, [N] each, in their order.
 
-    A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that length.
+    A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that length. In float32
+    whatever the run's precision: a KL is never negative, so rounding adds up in it instead of averaging out.
     """
     prompts = encode_prompts(tokenizer, [response.prompt for response in responses], max_prompt_length)
     rows = [EncodedPair(prompt, r.ids, r.ids) for prompt, r in zip(prompts, responses, strict=True)]
@@ -110,13 +104,12 @@ def response_kls(
     estimates = {key: torch.empty(len(rows)) for key in ("kl", "k1", "k3")}
     for start in range(0, len(rows), batch_size):
         at = order[start : start + batch_size]
-        batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(compute.device)
+        batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(policy.device)
         # chosen and rejected hold the same response here: the first half is enough
         ids, mask, response = (t[: len(at)] for t in (batch.ids, batch.attention_mask, batch.response_mask))
         first = int(response.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token
         run = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": ids.shape[1] - first, "use_cache": False}
-        with compute.autocast():
-            logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
+        logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
         for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
             estimates[key][at] = value.float().cpu()
     return estimates
