@@ -21,9 +21,8 @@ from .uncertainty import mean_and_error
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model: `metrics` by name (`_se`: standard error), and the sampled responses.
-
-    kls: the estimates "kl", "k1" and "k3" of `sequence_kl` for each of these responses, [n] each.
+    """What was measured of one model: `metrics` by name (`_se`: standard error), responses that it sampled, and the
+    estimates of `sequence_kl` for each of them, [n] each.
     """
 
     name: str
@@ -97,14 +96,14 @@ def sequence_kl(
 ) -> dict[str, Tensor]:
     """Three estimates of the sequence-level KL(policy ‖ reference), in nats, one per row, each [N].
 
-    The rows must be sampled from the policy at temperature 1. Logits [N, T, V]; ids, response_mask [N, T].
+    Rows are samples of the policy at temperature 1. Logits [N, T, V], or without the last; ids, response_mask [N, T].
     "kl": the exact next-token KL of every sampled prefix, summed over the response's tokens: unbiased, and
     of smaller variance than the others, since only the prefix is random (Rao-Blackwell; chain rule of KL).
     "k1": log p - log q of the sampled response: unbiased, and can be negative.
     "k3": sum over tokens of (q/p - 1) - log(q/p): never negative (Schulman 2020, "Approximating KL divergence").
     """
     mask = response_mask[:, 1:]
-    log_p, log_q = (log_softmax(logits[:, :-1][mask]) for logits in (policy_logits, reference_logits))  # [M, V] each
+    log_p, log_q = (log_softmax(x[:, : mask.shape[1]][mask]) for x in (policy_logits, reference_logits))  # [M, V] each
     log_ratio = (log_p - log_q).gather(-1, ids[:, 1:][mask][:, None]).squeeze(-1)  # [M]
     each = {"kl": exact_token_kl(log_p, log_q), "k1": log_ratio, "k3": (-log_ratio).expm1() + log_ratio}
     nothing = torch.zeros(mask.shape, dtype=log_ratio.dtype, device=mask.device)

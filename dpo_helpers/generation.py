@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from .device import Compute
-from .tokens import encode_prompts
+from .tokens import encode_prompts, padded
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,10 @@ class Response:
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-    """One token per row by inverse transform: the first at which the cumulative probability passes u.
+    """One token per row, [N] int64, by inverse transform: the first at which the cumulative probability passes u.
 
-    logits: [N, V]; uniforms: [N] float64 in [0, 1), fixed beforehand, so that a row's sample does not depend on the
-    rows beside it, and two models that see the same u differ only where their distributions do. Returns [N] int64.
-    Temperature 0 takes the likeliest token.
+    logits: [N, V]; uniforms: [N] float64 in [0, 1), fixed beforehand, so that a row's sample does not depend on those
+    beside it, and two models with the same u differ only where their distributions do. Temperature 0: the likeliest.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -49,29 +47,32 @@ def row_uniforms(index: int, steps: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, compute: Compute, seed: int = 0,
-    temperature: float = 1.0, max_prompt_length: int = 128, batch_size: int = 80, name: str = "sampling",
-) -> list[Response]:  # fmt: skip
+def sample_batches(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, seed: int = 0, temperature: float = 1.0,
+    max_prompt_length: int = 128, batch_size: int = 80, name: str = "sampling", seen: list[Tensor] | None = None,
+) -> Iterator[dict[int, Response]]:  # fmt: skip
     """One response to each prompt, at `temperature` (1: the model's own distribution; 0: the likeliest token).
 
-    Longer prompts than `max_prompt_length` tokens keep their last ones. Prompts of like length share a batch. A model's
-    own defaults of generation (bans, penalties, forced tokens, …) are not asked for.
+    Yields the responses to a batch of prompts of like length, by the prompts' positions. Longer prompts than
+    `max_prompt_length` tokens keep their last ones. Defaults of generation that come with a model (bans, penalties, …)
+    are not asked for. seen: as in `continued`.
     """
-    eos = tokenizer.eos_token_id
-    encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
+    eos, encoded = tokenizer.eos_token_id, encode_prompts(tokenizer, prompts, max_prompt_length)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    responses: dict[int, Response] = {}
     for start in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch"):
-        at = by_length[start : start + batch_size]
+        at, responses = by_length[start : start + batch_size], dict[int, Response]()
         uniforms = torch.stack([row_uniforms(i, max_new_tokens, seed) for i in at]).to(model.device)
-        with compute.autocast():
-            drawn = continued(model, [encoded[i] for i in at], uniforms, eos, temperature)
+        drawn = continued(model, [encoded[i] for i in at], uniforms, eos, temperature, seen)
         for i, row in zip(at, drawn.tolist(), strict=True):
-            ended = eos in row
-            row = row[: row.index(eos) + 1] if ended else row
+            ended, row = eos in row, row[: [*row, eos].index(eos) + 1]
             responses[i] = Response(prompts[i], row, tokenizer.decode(row[:-1] if ended else row), ended)
-    return [responses[i] for i in range(len(prompts))]
+        yield responses
+
+
+def sample(model: Any, tokenizer: Any, prompts: Sequence[str], **how: Any) -> list[Response]:
+    """One response to each prompt, in the prompts' order; how: as in `sample_batches`."""
+    found = {i: r for batch in sample_batches(model, tokenizer, prompts, **how) for i, r in batch.items()}
+    return [found[i] for i in range(len(prompts))]
 
 
 def continued(
@@ -80,12 +81,10 @@ def continued(
     """What the model draws after each of N prompts, [N, steps]; eos fills up what ended. uniforms: [N, steps].
 
     The keys and values of what was read are kept. A prompt that comes several times is run once, and a row that ended
-    leaves the batch. seen: a list that gets the logits of each step, of the rows that were left, [n, V].
+    leaves the batch. seen: a list that gets the logits of each step, [N, V]; 0 for rows that had ended.
     """
-    different = list(dict.fromkeys(map(tuple, prompts)))  # U prompts of at most T tokens, padded on the left
-    length = max(map(len, different))
-    ids = torch.tensor([[0] * (length - len(p)) + list(p) for p in different], device=uniforms.device)  # [U, T]
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in different], device=uniforms.device)
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    ids, mask = (each.to(uniforms.device) for each in padded(different, side="left"))  # U prompts: [U, T]
     kept = torch.tensor([different.index(tuple(p)) for p in prompts], device=uniforms.device)  # rows that go on, [n]
     row = torch.arange(len(prompts), device=uniforms.device)  # which of the N they are, [n]
     drawn = torch.full(uniforms.shape, eos, device=uniforms.device)
@@ -94,7 +93,7 @@ def continued(
         positions = (mask.cumsum(dim=-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **run).logits[kept, -1]  # [n, V]
         if seen is not None:
-            seen.append(logits)
+            seen.append(logits.new_zeros(len(drawn), logits.shape[-1]).index_copy_(0, row, logits))
         drawn[row, step] = token = draw(logits, uniforms[row, step], temperature)  # [n]
         goes_on = token != eos
         kept, row, token = kept[goes_on], row[goes_on], token[goes_on]

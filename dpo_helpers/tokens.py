@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import DataError
 from .hh import Pair, as_messages
@@ -157,19 +158,20 @@ def encode_pairs(
             yield EncodedPair(kept, both[0][:room], both[1][:room], pair.index, length - len(kept), *cuts)
 
 
+def padded(rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) of N rows of token ids, padded on a side to the longest, [N, T] int64 each."""
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    return pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side), mask
+
+
 def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
     """Pad pairs into one PairBatch, to the longest sequence among them. Raises DataError on no pairs."""
     if not pairs:
         raise DataError("a batch needs at least one pair")
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    length = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    attention, in_response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        ids[i, :end] = torch.tensor(prompt + response)
-        attention[i, :end] = 1
-        in_response[i, len(prompt) : end] = True
+    ids, attention = padded([prompt + response for prompt, response in rows], pad_id)
+    in_response = attention.bool() & (torch.arange(ids.shape[1]) >= torch.tensor([[len(prompt)] for prompt, _ in rows]))
     return PairBatch(ids, attention, in_response, tuple(p.index for p in pairs))
 
 

@@ -7,10 +7,10 @@ import torch
 
 from conftest import tiny_gpt2
 from dpo_helpers.errors import DataError, TrainingError
-from dpo_helpers.evaluation import pair_values, preference_metrics, score_pairs
-from dpo_helpers.generation import Response, sample
+from dpo_helpers.evaluation import pair_values, preference_metrics, score_pairs, sequence_kl
+from dpo_helpers.generation import Response, continued, sample, sample_batches
 from dpo_helpers.logprobs import PairScores, PlainScorer, pair_logprobs
-from dpo_helpers.run import measures
+from dpo_helpers.run import measures, sampled
 from dpo_helpers.run.measures import longer_wins, token_logratios
 from dpo_helpers.run.sampled import response_kls, sample_and_measure
 from dpo_helpers.settings import load_settings
@@ -87,52 +87,91 @@ class Tokens:
         return "".join(chr(i + 96) for i in ids)
 
 
-def test_kl_of_a_model_to_itself_is_zero_and_to_another_is_not(cpu):
+def measured(policy, reference, prompts, **settings):
+    """Samples of a policy without a true reward, and their KL to the reference."""
+    settings = {"max_new_tokens": 12, "max_prompt_length": 10, "seed": 4, "dataset": "somebody/else"} | settings
+    return sample_and_measure(load_settings("mini", device="cpu", **settings), Tokens(), policy, reference, prompts)
+
+
+def kls_by_hand(policy, reference, responses, max_prompt_length=10):
+    """One unpadded pass per response and model, full-vocabulary KL at each response position, in float64."""
+    totals = []
+    for response in responses:
+        prompt = Tokens().encode(response.prompt)[-max_prompt_length:]
+        ids = torch.tensor([prompt + response.ids])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (policy, reference))
+        positions = range(len(prompt) - 1, ids.shape[1] - 1)
+        totals.append(sum((p[t].exp() * (p[t] - q[t])).sum().item() for t in positions))
+    return totals
+
+
+def test_kl_of_a_model_to_itself_is_zero_and_to_another_is_not():
+    """But for rounding: the policy's logits come token by token, the reference's from one pass."""
     policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
-    responses = sample(policy, Tokens(), ["ab", "cde"] * 5, max_new_tokens=5, compute=cpu)
-    same = response_kls(policy, policy, Tokens(), responses, max_prompt_length=10)
-    assert {key: values.tolist() for key, values in same.items()} == {key: [0.0] * 10 for key in ("kl", "k1", "k3")}
-    different = response_kls(policy, other, Tokens(), responses, max_prompt_length=10)
-    mean, error = mean_and_error(different["kl"])
+    same = measured(policy, policy, ["ab", "cde"] * 5).kls
+    assert {key: values.tolist() for key, values in same.items()} == {
+        key: pytest.approx([0.0] * 10, abs=1e-5) for key in ("kl", "k1", "k3")
+    }
+    mean, error = mean_and_error(measured(policy, other, ["ab", "cde"] * 5).kls["kl"])
     assert mean > 3 * error > 0
 
 
-def test_kl_is_that_of_a_plain_loop(cpu):
-    """One unpadded pass per response, full-vocabulary KL at each response position, in float64."""
-    policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
-    responses = sample(policy, Tokens(), ["ab", "cdefg", "h"], max_new_tokens=6, compute=cpu)
-    totals = []
-    for response in responses:
-        prompt = Tokens().encode(response.prompt)
-        ids = torch.tensor([prompt + response.ids])
-        with torch.no_grad():
-            p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (policy, other))
-        positions = range(len(prompt) - 1, ids.shape[1] - 1)
-        totals.append(sum((p[t].exp() * (p[t] - q[t])).sum().item() for t in positions))
-    for size in (2, 16):
-        each = response_kls(policy, other, Tokens(), responses, max_prompt_length=10, batch_size=size)
-        assert each["kl"].tolist() == pytest.approx(totals, rel=1e-4), (
-            "in the order of the responses, not their lengths"
-        )
+PROMPTS = ["ab", "cdefg", "h", "ijk", "lm", "nopqrst"]
 
 
-def test_the_kl_is_in_float32_whatever_the_precision():
-    """In bf16 that of a policy near its reference came out 2.5 times too large (`python -m benchmarks.kl`)."""
+@pytest.mark.parametrize("rows", [1, 2, 80])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kl_is_that_of_a_plain_loop(monkeypatch, rows, precision):
+    """Whatever the precision of the run, and the number of responses that are sampled together.
+
+    In bf16 the KL of a policy near its reference came out 2.5 times too large (`python -m benchmarks.kl`).
+    """
     policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(0, vocab=27)
     with torch.no_grad():
-        other.transformer.h[-1].mlp.c_fc.weight.mul_(1.01)
-    half = load_settings("mini", device="cpu", precision="bf16", max_new_tokens=6, max_prompt_length=10)
-    found = sample_and_measure(replace(half, dataset="somebody/else"), Tokens(), policy, other, ["ab", "cdefg", "h"])
-    exact = response_kls(policy.double(), other.double(), Tokens(), found.responses, max_prompt_length=10)
-    assert found.metrics["kl"] == pytest.approx(exact["kl"].mean().item(), rel=0.01)
+        other.transformer.h[-1].mlp.c_fc.weight.mul_(1.1)
+    monkeypatch.setattr(sampled, "KEPT", (rows - 1) * 12 * 27 * 4 + 1)
+    drawn = []
+    monkeypatch.setattr(
+        sampled, "sample_batches", lambda *a, **k: drawn.append(k["batch_size"]) or sample_batches(*a, **k)
+    )
+    found = measured(policy, other, PROMPTS, precision=precision)
+    assert drawn == [rows]
+    assert len({len(response.ids) for response in found.responses}) > 1, "some end, and leave the batch"
+    assert [response.prompt for response in found.responses] == PROMPTS, "in the order of the prompts"
+    by_hand = kls_by_hand(policy, other, found.responses)
+    assert found.kls["kl"].tolist() == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
+    assert found.metrics["kl"] == pytest.approx(sum(by_hand) / 6, rel=1e-3)
 
 
-def test_the_kl_is_measured_after_the_prompt_that_was_sampled_from(cpu):
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_the_reference_runs_in_batches_of_any_size(size):
+    """Longer and shorter responses in one batch; k1 and k3 as `sequence_kl` has them, each response alone."""
+    policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
+    prompts, seen = [Tokens().encode(prompt) for prompt in PROMPTS], []
+    uniforms = torch.rand(6, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        rows = continued(policy, prompts, uniforms, 0, 1.0, seen).tolist()
+    responses = [row[: [*row, 0].index(0) + 1] for row in rows]
+    assert len({*map(len, responses)}) > 1
+    found = response_kls(other, prompts, responses, seen, batch_size=size)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logits = policy(ids).logits, other(ids).logits
+        alone = sequence_kl(*logits, ids, torch.arange(ids.shape[1])[None] >= len(prompt))
+        assert {key: values[i].item() for key, values in found.items()} == {
+            key: pytest.approx(value.item(), abs=1e-4) for key, value in alone.items()
+        }
+
+
+def test_the_kl_is_measured_after_the_prompt_that_was_sampled_from():
     """Of a long prompt its last tokens, as in `sample`."""
-    models, how = (tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)), {"max_prompt_length": 2}
-    cut, short = (response_kls(*models, Tokens(), [Response(p, [5, 6, 0], "ef", True)], **how) for p in ("wxyab", "ab"))
-    assert cut == short
-    assert cut != response_kls(*models, Tokens(), [Response("wxyab", [5, 6, 0], "ef", True)], max_prompt_length=5)
+    models = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
+    found = measured(*models, ["wxyab"], max_prompt_length=2)
+    cut, whole = (kls_by_hand(*models, found.responses, length) for length in (2, 5))
+    assert found.kls["kl"].tolist() == pytest.approx(cut, rel=1e-3)
+    assert cut != pytest.approx(whole, rel=1e-2)
 
 
 def test_text_measures_by_hand():
@@ -184,18 +223,10 @@ def test_order_batch_size_and_padding_change_no_metric(cpu):
     assert broken != pytest.approx(found[0], abs=1e-5), "policy and reference must be in the same order"
 
 
-def test_batch_size_and_order_change_no_kl_and_no_sample(cpu):
-    policy, other = tiny_gpt2(0, vocab=27), tiny_gpt2(1, vocab=27)
-    prompts = ["ab", "cdefg", "h", "ijk", "lm", "nopqrst"]
-    responses = sample(policy, Tokens(), prompts, max_new_tokens=6, compute=cpu)
-    alone = sample(policy, Tokens(), prompts, max_new_tokens=6, compute=cpu, batch_size=1)
-    assert [r.ids for r in responses] == [r.ids for r in alone]
-    first = response_kls(policy, other, Tokens(), responses, max_prompt_length=10)
-    alone = response_kls(policy, other, Tokens(), responses, max_prompt_length=10, batch_size=1)
-    back = response_kls(policy, other, Tokens(), responses[::-1], max_prompt_length=10, batch_size=4)
-    for key, values in first.items():
-        assert alone[key].tolist() == pytest.approx(values.tolist(), abs=1e-4), key
-        assert back[key].tolist()[::-1] == pytest.approx(values.tolist(), abs=1e-4), key
+def test_batch_size_changes_no_sample():
+    policy = tiny_gpt2(0, vocab=27)
+    alone, together = (sample(policy, Tokens(), PROMPTS, max_new_tokens=6, batch_size=size) for size in (1, 80))
+    assert [r.ids for r in together] == [r.ids for r in alone]
 
 
 def test_samples_are_measured_and_get_the_true_reward_where_it_is_known(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_likeliest_tokens_are_those_of_generate(cpu, monkeypatch, name):
+def test_the_likeliest_tokens_are_those_of_generate(monkeypatch, name):
     """Prompts of other lengths, one of them twice; rows end at other times and leave."""
     model, ids = family(name, **FAMILIES[name]), {"a": [7, 8, 9], "b": [10, 11, 12, 13, 14, 15, 16], "c": [17]}
     monkeypatch.setattr("dpo_helpers.generation.encode_prompts", lambda _, prompts, most: [ids[p] for p in prompts])
@@ -74,25 +74,25 @@ def test_the_likeliest_tokens_are_those_of_generate(cpu, monkeypatch, name):
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
     tokens = SimpleNamespace(eos_token_id=eos, decode=str)
     for batch_size in (1, 3, 4):
-        found = sample(model, tokens, prompts, max_new_tokens=12, compute=cpu, temperature=0.0, batch_size=batch_size)
+        found = sample(model, tokens, prompts, max_new_tokens=12, temperature=0.0, batch_size=batch_size)
         assert [r.ids for r in found] == expected
 
 
-def test_a_prompt_that_comes_several_times_is_run_once(cpu):
+def test_a_prompt_that_comes_several_times_is_run_once():
     """Five samples of one prompt and three of another: the first pass has two rows."""
     model, rows = tiny_gpt2(vocab=27), []
     model.register_forward_pre_hook(lambda _, args, run: rows.append(len(run["input_ids"])), with_kwargs=True)
-    found = sample(model, Tokens(), ["ab"] * 5 + ["cde"] * 3, max_new_tokens=6, compute=cpu)
+    found = sample(model, Tokens(), ["ab"] * 5 + ["cde"] * 3, max_new_tokens=6)
     assert rows[0] == 2
     assert max(rows[1:]) <= 8
     assert len({tuple(r.ids) for r in found[:5]}) > 1, "each has numbers of its own"
-    alone = [sample(model, Tokens(), ["", *["ab"] * n], max_new_tokens=6, compute=cpu)[-1] for n in (1, 2)]
+    alone = [sample(model, Tokens(), ["", *["ab"] * n], max_new_tokens=6)[-1] for n in (1, 2)]
     assert alone[0].ids == found[1].ids
     assert alone[1].ids == found[2].ids
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_the_tokens_are_those_that_the_uniforms_pick(cpu, monkeypatch, batch_size):
+def test_the_tokens_are_those_that_the_uniforms_pick(monkeypatch, batch_size):
     """What counts is the prompts' last token, a, b, a.
 
     After a 0.3 → a, 0.9 → b, 0.6 → a, 0.1 → end; after b 0.6 → a, 0.6 → b, 0.2 → end; after a 0.6 → b, 0.4 → end.
@@ -102,7 +102,7 @@ def test_the_tokens_are_those_that_the_uniforms_pick(cpu, monkeypatch, batch_siz
         "dpo_helpers.generation.row_uniforms", lambda i, steps, seed: torch.tensor(uniforms[i], dtype=torch.float64)
     )
     prompts = ["aba", "b", "bbba"]
-    found = sample(Chain(CHANCES), Tokens(), prompts, max_new_tokens=4, compute=cpu, batch_size=batch_size)
+    found = sample(Chain(CHANCES), Tokens(), prompts, max_new_tokens=4, batch_size=batch_size)
     assert [(r.ids, r.text, r.ended) for r in found] == [
         ([1, 2, 1, 0], "aba", True),
         ([1, 2, 0], "ab", True),
@@ -110,19 +110,19 @@ def test_the_tokens_are_those_that_the_uniforms_pick(cpu, monkeypatch, batch_siz
     ]
 
 
-def test_no_token_is_out_of_reach(cpu, monkeypatch):
+def test_no_token_is_out_of_reach(monkeypatch):
     """40 tokens, the k-th with k/820, cumulated k(k + 1)/1640: k²/1640 picks it, so none is cut off as too unlikely."""
     monkeypatch.setattr(
         "dpo_helpers.generation.row_uniforms",
         lambda i, steps, seed: torch.tensor([(i + 1) ** 2 / 1640], dtype=torch.float64),
     )
     model = Chain([[k / 820 for k in range(1, 41)]] * 40)
-    found = sample(model, Tokens(), ["a"] * 40, max_new_tokens=1, compute=cpu)
+    found = sample(model, Tokens(), ["a"] * 40, max_new_tokens=1)
     assert [r.ids for r in found] == [[k] for k in range(40)]
 
 
-def test_a_long_prompt_keeps_its_last_tokens(cpu):
-    model, how = tiny_gpt2(vocab=27), {"max_new_tokens": 12, "compute": cpu}
+def test_a_long_prompt_keeps_its_last_tokens():
+    model, how = tiny_gpt2(vocab=27), {"max_new_tokens": 12}
     (cut,) = sample(model, Tokens(), ["xyzabc"], max_prompt_length=3, **how)
     assert cut.ids == sample(model, Tokens(), ["abc"], **how)[0].ids
     assert cut.ids != sample(model, Tokens(), ["xyzabc"], **how)[0].ids
@@ -142,27 +142,27 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("option", HOSTILE)
-def test_no_default_of_the_model_changes_a_sample(cpu, option):
+def test_no_default_of_the_model_changes_a_sample(option):
     """What a generation_config.json may hold, one at a time, sampled and greedy; the model keeps it."""
     own, hostile = tiny_gpt2(vocab=27), tiny_gpt2(vocab=27)
     hostile.generation_config = GenerationConfig(**{"do_sample": True, option: HOSTILE[option]})
     before = hostile.generation_config.to_dict()
     for temperature in (1.0, 0.0):
         found, expected = (
-            sample(m, Tokens(), ["a", "bcd"] * 4, max_new_tokens=20, compute=cpu, temperature=temperature, batch_size=4)
+            sample(m, Tokens(), ["a", "bcd"] * 4, max_new_tokens=20, temperature=temperature, batch_size=4)
             for m in (hostile, own)
         )
         assert [r.ids for r in found] == [r.ids for r in expected]
     assert hostile.generation_config.to_dict() == before
 
 
-def test_frequencies_are_the_models_probabilities_whatever_its_own_defaults(cpu):
+def test_frequencies_are_the_models_probabilities_whatever_its_own_defaults():
     """4,000 samples of two tokens after a, within 4 standard errors: of each response, and of neighbours' first tokens."""
     model, n = Chain(CHANCES), 4000
     model.generation_config = GenerationConfig(
         repetition_penalty=1.3, no_repeat_ngram_size=1, bad_words_ids=[[1]], min_new_tokens=2, do_sample=True, top_k=2
     )
-    found = sample(model, Tokens(), ["a"] * n, max_new_tokens=2, compute=cpu, batch_size=n)
+    found = sample(model, Tokens(), ["a"] * n, max_new_tokens=2, batch_size=n)
     responses = {(0,): 1 / 4, (1, 0): 1 / 16, (1, 1): 1 / 16, (1, 2): 1 / 8, (2, 0): 1 / 4, (2, 1): 1 / 4}
     first = dict(enumerate(CHANCES[1]))
     neighbours = {(a, b): first[a] * first[b] for a in first for b in first}
@@ -177,19 +177,19 @@ def test_frequencies_are_the_models_probabilities_whatever_its_own_defaults(cpu)
 
 
 def test_samples_do_not_depend_on_the_batch(model, tokenizer, cpu):
-    settings = {"max_new_tokens": 12, "compute": cpu, "seed": 3}
+    settings = {"max_new_tokens": 12, "seed": 3}
     together = sample(model, tokenizer, PROMPTS, **settings)
     one_by_one = sample(model, tokenizer, PROMPTS, batch_size=1, **settings)
     assert [r.ids for r in together] == [r.ids for r in one_by_one]
     assert [r.prompt for r in together] == PROMPTS
     torch.manual_seed(5)
     assert [r.ids for r in sample(model, tokenizer, PROMPTS, **settings)] == [r.ids for r in together]
-    other = sample(model, tokenizer, PROMPTS, max_new_tokens=12, compute=cpu, seed=4)
+    other = sample(model, tokenizer, PROMPTS, max_new_tokens=12, seed=4)
     assert [r.ids for r in other] != [r.ids for r in together]
 
 
 def test_greedy_is_the_likeliest_token_each_time(model, tokenizer, cpu):
-    (greedy,) = sample(model, tokenizer, PROMPTS[:1], max_new_tokens=6, compute=cpu, temperature=0)
+    (greedy,) = sample(model, tokenizer, PROMPTS[:1], max_new_tokens=6, temperature=0)
     ids = tokenizer.encode(PROMPTS[0])
     for token in greedy.ids:
         with torch.no_grad():
@@ -198,13 +198,13 @@ def test_greedy_is_the_likeliest_token_each_time(model, tokenizer, cpu):
 
 
 def test_an_ended_response_keeps_one_end_of_text_and_no_text_of_it(model, tokenizer, cpu):
-    responses = sample(model, tokenizer, PROMPTS, max_new_tokens=60, compute=cpu)
+    responses = sample(model, tokenizer, PROMPTS, max_new_tokens=60)
     for response in responses:
         assert response.ended == (response.ids[-1] == tokenizer.eos_token_id)
         assert tokenizer.eos_token_id not in response.ids[:-1]
         assert "<|endoftext|>" not in response.text
     assert any(response.ended for response in responses)
-    (cut,) = sample(model, tokenizer, PROMPTS[:1], max_new_tokens=2, compute=cpu)
+    (cut,) = sample(model, tokenizer, PROMPTS[:1], max_new_tokens=2)
     assert (len(cut.ids), cut.ended) == (2, False)
 
 

@@ -48,7 +48,6 @@ def test_the_pipeline_writes_what_our_sampler_and_the_argmax_do(settings, final,
     def greedy(model):
         return sample(
             model.load(cpu), stages.get_data(settings).tokenizer, PROMPTS, max_new_tokens=STEPS, temperature=0.0,
-            compute=cpu,
         )  # fmt: skip
 
     ours = greedy(stages.get_dpo(settings))

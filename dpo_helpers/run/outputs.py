@@ -53,7 +53,7 @@ def get_generations(settings: Settings) -> dict[str, list[Response]]:
                 model = each.load(compute)
                 for key, temperature in ((each.name, 1.0), (f"{each.name}/greedy", 0.0)):
                     responses = sample(
-                        model, data.tokenizer, prompts, max_new_tokens=settings.max_new_tokens, compute=compute,
+                        model, data.tokenizer, prompts, max_new_tokens=settings.max_new_tokens,
                         max_prompt_length=settings.max_prompt_length, seed=settings.seed, temperature=temperature,
                         name=f"generating: {key}",
                     )  # fmt: skip

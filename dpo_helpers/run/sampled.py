@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..evaluation import sequence_kl
-from ..generation import Response, sample
+from ..generation import Response, sample_batches
 from ..settings import EMBEDDED, Settings
 from ..show.texts import text_measures
-from ..tokens import EncodedPair, by_length, collate, encode_prompts
+from ..tokens import encode_prompts, padded
 from ..uncertainty import mean_and_error
 from ..worlds import embedded
-from .machine import compute_of
 from .pairs import PairData
+
+KEPT = 0.5e9  # bytes of logits that sampling may leave for the KL
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,8 @@ def sample_and_measure(
     metrics: kl, k1 and k3 in nats per response, `show.texts.text_measures`, and true_reward (with _sd, the standard
     deviation) where it is known. Raises TrainingError when out of memory.
     """
-    compute, length = compute_of(settings), settings.max_prompt_length
     try:
-        responses = sample(
-            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, compute=compute, seed=settings.seed,
-            max_prompt_length=length, name=name,
-        )  # fmt: skip
-        kls = response_kls(policy, reference, tokenizer, responses, max_prompt_length=length)
+        responses, kls = _with_kls(settings, tokenizer, policy, reference, prompts, name)
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -88,28 +84,47 @@ def sample_and_measure(
     return Sampled(responses, kls, metrics)
 
 
+def _with_kls(
+    settings: Settings, tokenizer: Any, policy: Any, reference: Any, prompts: Sequence[str], name: str
+) -> tuple[list[Response], dict[str, Tensor]]:
+    """The responses, and the estimates of their KL, [n] each: as many in a batch as the policy's logits leave room."""
+    response_bytes = 4 * settings.max_new_tokens * len(policy.get_output_embeddings().weight)
+    found, kls, seen = dict[int, Response](), dict[str, Tensor](), list[Tensor]()
+    for batch in sample_batches(
+        policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, seed=settings.seed, seen=seen, name=name,
+        max_prompt_length=settings.max_prompt_length, batch_size=min(80, int(KEPT / response_bytes) + 1),
+    ):  # fmt: skip
+        found |= batch
+        after = encode_prompts(tokenizer, [response.prompt for response in batch.values()], settings.max_prompt_length)
+        estimates = response_kls(reference, after, [response.ids for response in batch.values()], seen)
+        for key, values in estimates.items():
+            kls.setdefault(key, torch.empty(len(prompts)))[list(batch)] = values
+        seen.clear()
+    return [found[i] for i in range(len(prompts))], kls
+
+
 @torch.no_grad()
 def response_kls(
-    policy: Any, reference: Any, tokenizer: Any, responses: Sequence[Response], *, max_prompt_length: int,
+    reference: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]], seen: Sequence[Tensor],
     batch_size: int = 16,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The estimates of `evaluation.sequence_kl` for each sampled response, [N] each, in their order.
+    """The estimates of `evaluation.sequence_kl` for N responses to prompts, all token ids: [N] each, on the CPU.
 
-    A response cut at max_new_tokens counts up to the cut: the KL of responses of at most that length. In float32
-    whatever the run's precision: a KL is never negative, so rounding adds up in it instead of averaging out.
+    seen: the logits from which the policy drew each of their tokens, [N, V] per step (`generation.continued`), so that
+    only the reference has to run. A response cut at max_new_tokens counts up to the cut: the KL of responses of at most
+    that length.
     """
-    prompts = encode_prompts(tokenizer, [response.prompt for response in responses], max_prompt_length)
-    rows = [EncodedPair(prompt, r.ids, r.ids) for prompt, r in zip(prompts, responses, strict=True)]
-    order = by_length(rows)
-    estimates = {key: torch.empty(len(rows)) for key in ("kl", "k1", "k3")}
-    for start in range(0, len(rows), batch_size):
+    order = sorted(range(len(responses)), key=lambda i: len(responses[i]))
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(order), batch_size):
         at = order[start : start + batch_size]
-        batch = collate([rows[i] for i in at], tokenizer.eos_token_id).to(policy.device)
-        # chosen and rejected hold the same response here: the first half is enough
-        ids, mask, response = (t[: len(at)] for t in (batch.ids, batch.attention_mask, batch.response_mask))
-        first = int(response.any(dim=0).nonzero()[0]) - 1  # predicts the earliest response token
-        run = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": ids.shape[1] - first, "use_cache": False}
-        logits = policy(**run).logits, reference(**run).logits  # [n, kept, V] each
-        for key, value in sequence_kl(*logits, ids[:, first:], response[:, first:]).items():
-            estimates[key][at] = value.float().cpu()
-    return estimates
+        steps, device = len(responses[at[-1]]), reference.device
+        parts = padded([prompts[i] for i in at], side="left"), padded([responses[i] for i in at])
+        ids, mask = (torch.cat(part, dim=1).to(device) for part in zip(*parts, strict=True))  # [n, T + steps]
+        run = {"position_ids": (mask.cumsum(dim=-1) - 1).clamp_min(0), "logits_to_keep": steps + 1, "use_cache": False}
+        of_reference = reference(input_ids=ids, attention_mask=mask, **run).logits  # [n, steps + 1, V]
+        of_policy = torch.stack([logits[at] for logits in seen[:steps]], dim=1)  # [n, steps, V]
+        last = ids[:, -steps - 1 :], mask[:, -steps - 1 :].bool()  # the responses, and one token before them
+        for key, values in sequence_kl(of_policy, of_reference, *last).items():
+            found.setdefault(key, []).append(values.float().cpu())
+    return {key: torch.cat(parts)[torch.tensor(order).argsort()] for key, parts in found.items()}
