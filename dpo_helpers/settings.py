@@ -118,7 +118,7 @@ class Settings:
     resume: bool = _setting(True, "go on with an unfinished training; no: set it aside and begin again")
     seed: int = _setting(0, "seed of everything random", between(0, 2**32 - 1))
     device: str = _setting("auto", "auto, cuda, cuda:N, mps or cpu", DEVICE)
-    precision: str = _setting("auto", "auto on cuda: bf16 if the chip has it, else fp16", PRECISION)
+    precision: str = _setting("auto", "of training; auto on cuda: bf16 if the chip has it, else fp16", PRECISION)
     runs_dir: str = _setting("", "where runs are kept; default: runs/ beside the notebooks")
 
     def __post_init__(self) -> None:

@@ -248,11 +248,11 @@ def test_samples_are_measured_and_get_the_true_reward_where_it_is_known(monkeypa
             assert found.metrics[key] == pytest.approx(found.kls[key].double().mean().item())
 
 
-def test_token_logratios_are_the_differences_token_by_token(cpu):
+def test_token_logratios_are_the_differences_token_by_token():
     """Against one forward pass for each response alone, without padding, a softmax at a time in float64."""
     policy, reference = tiny_gpt2(1), tiny_gpt2(2)
     pair = EncodedPair([3, 4, 0], [5, 6, 7, 0], [9, 0])
-    found = token_logratios(policy, reference, pair, cpu)
+    found = token_logratios(policy, reference, pair)
     for side, response in zip(found, (pair.chosen, pair.rejected), strict=True):
         expected = []
         for i, token in enumerate(response):
@@ -272,12 +272,12 @@ def test_token_logratios_sum_to_the_logratios(cpu):
     policy, reference = tiny_gpt2(1), tiny_gpt2(2)
     for pair in (EncodedPair([3], [5], [9, 8, 0]), EncodedPair([3, 4], [5, 6, 0], [0])):
         of_policy, of_reference = (scored(model, [pair], cpu) for model in (policy, reference))
-        sums = [side.sum().item() for side in token_logratios(policy, reference, pair, cpu)]
+        sums = [side.sum().item() for side in token_logratios(policy, reference, pair)]
         expected = [
             (of_policy.chosen - of_reference.chosen).item(),
             (of_policy.rejected - of_reference.rejected).item(),
         ]
         assert sums == pytest.approx(expected, abs=1e-4)
-    assert all(side.abs().max() == 0 for side in token_logratios(policy, policy, pair, cpu))
+    assert all(side.abs().max() == 0 for side in token_logratios(policy, policy, pair))
     with pytest.raises(DataError, match=r"row 7: .*prompt is empty"):
-        token_logratios(policy, reference, EncodedPair([], [5], [6], index=7), cpu)
+        token_logratios(policy, reference, EncodedPair([], [5], [6], index=7))

@@ -14,7 +14,9 @@ from transformers import GPT2LMHeadModel
 
 from conftest import tiny_gpt2
 from dpo_helpers import tokens
+from dpo_helpers.device import Compute
 from dpo_helpers.errors import ArtefactError
+from dpo_helpers.evaluation import score_pairs
 from dpo_helpers.fast import architectures
 from dpo_helpers.fast.store import TrunkStore
 from dpo_helpers.logprobs import PlainScorer
@@ -125,6 +127,26 @@ def test_values_are_those_that_an_evaluation_averages(small, monkeypatch):
     assert values["kl"].std() > 0
     for key, value in values.items():
         assert mean_and_error(value) == pytest.approx((metrics[key], metrics[f"{key}_se"]), rel=1e-6, abs=1e-7), key
+
+
+@pytest.mark.parametrize("freeze_embeddings", [True, False], ids=["fast path", "plain path"])
+def test_held_out_pairs_are_scored_in_float32_and_training_pairs_as_the_training_does(small, freeze_embeddings):
+    """Of a policy near its reference bf16 gave every fourth margin the other sign (`python -m benchmarks.kl`)."""
+    half = replace(small, precision="bf16", device="cpu", freeze_embeddings=freeze_embeddings)
+    data, model = stages.get_data(half), stages.get_base(half).load()
+    exact = {
+        part: score_pairs(model, pairs, PlainScorer(pairs, data.pad_id), Compute(torch.device("cpu"), "fp32"))
+        for part in ("train", "held_out")
+        for pairs in [getattr(data, part)]
+    }
+    apart = {
+        part: (trained.score_part(half, data, model, part).chosen - exact[part].chosen).abs().max() for part in exact
+    }
+    assert apart["held_out"] < 1e-4
+    assert apart["train"] > 0.01
+    assert torch.equal(
+        stages.get_base(half).scores("train").chosen, trained.score_part(half, data, model, "train").chosen
+    )
 
 
 @pytest.mark.parametrize("main", ["base", "sft"])

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..device import Compute
 from ..errors import DataError
 from ..evaluation import Evaluation, pair_values, preference_metrics
 from ..generation import Response
@@ -195,7 +194,7 @@ def best_of(scores: Tensor, values: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def token_logratios(policy: Any, reference: Any, pair: EncodedPair, compute: Compute) -> tuple[Tensor, Tensor]:
+def token_logratios(policy: Any, reference: Any, pair: EncodedPair) -> tuple[Tensor, Tensor]:
     """log π_θ - log π_ref of each token of a pair's responses: [C] of the chosen, [R] of the rejected, on the CPU.
 
     Their sums are the pair's log-ratios, which are the rewards over β. End-of-text is a token like any other. Raises
@@ -203,10 +202,9 @@ def token_logratios(policy: Any, reference: Any, pair: EncodedPair, compute: Com
     """
     if not pair.prompt:
         raise DataError(f"row {pair.index}: the prompt is empty, so nothing predicts the first response token")
-    batch = collate([pair], pad_id=0).to(compute.device)  # any id pads: masks go by position
+    batch = collate([pair], pad_id=0).to(policy.device)  # any id pads: masks go by position
     run = {"input_ids": batch.ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    with compute.autocast():
-        of_policy, of_reference = (token_logprobs(model(**run).logits, batch.ids) for model in (policy, reference))
+    of_policy, of_reference = (token_logprobs(model(**run).logits, batch.ids) for model in (policy, reference))
     ratios, scored = of_policy - of_reference, batch.response_mask[:, 1:]  # [2, T-1] each
     chosen, rejected = (ratios[side][scored[side]].cpu() for side in (0, 1))
     return chosen, rejected

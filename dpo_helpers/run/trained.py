@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -144,9 +144,14 @@ def save_with_scores(
 def score_part(
     settings: Settings, data: Data, model: Any, part: str, first: int | None = None, name: str = ""
 ) -> PairScores:
-    """`evaluation.score_pairs` of the "train" or "held_out" pairs (the first ones), in batches that fit into memory."""
+    """`evaluation.score_pairs` of the "train" or "held_out" pairs (the first ones), in batches that fit into memory.
+
+    Held-out pairs are scored in float32, training pairs in the precision of the training that reads their scores.
+    """
     pairs: list[EncodedPair] = getattr(data, part)[:first]
     scorer, compute, size = scorer_of(settings, data, model, part), compute_of(settings), 16
+    if part == "held_out":
+        compute = replace(compute, precision="fp32")
     while True:
         try:
             return score_pairs(model, pairs, scorer, compute, batch_size=size, name=name)
