@@ -19,7 +19,7 @@ from dpo_helpers.run.course import execute, notebooks_dir, notebooks_in
 
 PARTS = {
     "updates of trainings": ["training.train", "lesson.faulty.train_faulty"],
-    "sampling": ["generation.sample"],
+    "sampling": ["generation.continued"],
     "KL of samples": ["run.sampled.response_kls"],
     "scoring pairs": ["evaluation.score_pairs"],
     "hashing weights and files": ["models.weights_hash", "run.disk.file_hash", "run.disk.json_hash"],

@@ -92,7 +92,7 @@ def _with_kls(
     found, kls, seen = dict[int, Response](), dict[str, Tensor](), list[Tensor]()
     for batch in sample_batches(
         policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, seed=settings.seed, seen=seen, name=name,
-        max_prompt_length=settings.max_prompt_length, batch_size=min(80, int(KEPT / response_bytes) + 1),
+        max_prompt_length=settings.max_prompt_length, batch_size=min(80, max(1, int(KEPT / response_bytes))),
     ):  # fmt: skip
         found |= batch
         after = encode_prompts(tokenizer, [response.prompt for response in batch.values()], settings.max_prompt_length)
