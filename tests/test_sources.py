@@ -6,7 +6,8 @@ import json
 import pytest
 
 from dpo_helpers.errors import CourseError, DataError
-from dpo_helpers.run.pairs import data_identity, load_pairs
+from dpo_helpers.hh import Pair
+from dpo_helpers.run.pairs import data_identity, hold_out, load_pairs
 from dpo_helpers.run.sources import source_of
 from dpo_helpers.settings import load_settings
 from dpo_helpers.worlds.embedded import preference_rows
@@ -57,6 +58,14 @@ def test_no_prompt_is_on_both_sides(tmp_path):
     rows = ROWS + [{"chosen": r["chosen"], "rejected": r["rejected"] + " Bye."} for r in ROWS]
     found = load_pairs(settings(write(tmp_path / "d.jsonl", rows)))
     assert {p.prompt for p in found.train}.isdisjoint(p.prompt for p in found.held_out)
+
+
+def test_prompts_that_differ_in_blanks_alone_are_on_one_side():
+    """A chat template strips them: the same question would be trained on and measured."""
+    pairs = [Pair(f"\n\nHuman: {i}?{end}\n\nAssistant:", " a", " b", i) for i in range(40) for end in ("", " ", "\n")]
+    train, held_out = hold_out(pairs, 15, seed=0)
+    assert (len(train), len(held_out)) == (105, 15)
+    assert {pair.index for pair in train}.isdisjoint(pair.index for pair in held_out)
 
 
 def test_held_out_pairs_are_drawn_by_seed(tmp_path):

@@ -177,20 +177,22 @@ def data_identity(settings: Settings) -> dict[str, Any]:
 
 
 def hold_out(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Split off about `count` pairs by whole prompts, drawn by seed, so that no prompt is on both sides."""
+    """Split off about `count` pairs by whole prompts, drawn by seed, so that no prompt is on both sides.
+
+    Prompts that differ in blanks alone are one: a chat template may make the same of them.
+    """
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(f"hold-out-{seed}").shuffle(prompts)
-    by_prompt: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt, []).append(pair)
-    chosen: set[str] = set()
-    held = 0
+    words = {prompt: " ".join(prompt.split()) for prompt in prompts}
+    sizes = Counter(words[pair.prompt] for pair in pairs)
+    held, chosen = 0, set[str]()
     for prompt in prompts:
         if held >= count:
             break
-        chosen.add(prompt)
-        held += len(by_prompt[prompt])
-    return [p for p in pairs if p.prompt not in chosen], [p for p in pairs if p.prompt in chosen]
+        held += sizes.pop(words[prompt], 0)  # once for all prompts of these words
+        chosen.add(words[prompt])
+    sides = [[p for p in pairs if (words[p.prompt] in chosen) == side] for side in (False, True)]
+    return sides[0], sides[1]
 
 
 def _draw(pairs: list[Pair], count: int | None, seed: int, what: str) -> list[Pair]:
