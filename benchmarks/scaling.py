@@ -28,6 +28,7 @@ from benchmarks.workload import BETA, FROZEN, Workload, draw_pairs, make_model, 
 from dpo_helpers.device import Compute
 from dpo_helpers.evaluation import score_pairs
 from dpo_helpers.fast.engine import FastScorer
+from dpo_helpers.fast.flat import tokens_of
 from dpo_helpers.models import freeze
 from dpo_helpers.run import processes
 from dpo_helpers.run.loading import load_model
@@ -71,7 +72,7 @@ def grow(model: Any, pairs: Sequence[EncodedPair], *, betas: int = 1, batch: int
     for _ in range(betas):  # the weights go on from β to β, which changes no time
         train_dpo(model, pairs, scorer, scores, BETA, plan, compute)
     seconds = time.perf_counter() - started
-    kept = scorer.store.used * model.config.hidden_size * 4 / 1e9
+    kept = sum(map(tokens_of, pairs)) * model.config.hidden_size * 4 / 1e9
     found = {"seconds": seconds, "first_pass_s": scored, "kept_gb": kept, "before_gb": before}
     return {**found, "peak_gb": peak_memory_gb(compute), "processes": processes.count()}
 

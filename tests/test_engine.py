@@ -14,7 +14,7 @@ from dpo_helpers.device import Compute
 from dpo_helpers.errors import DataError, TrainingError
 from dpo_helpers.fast.engine import FastScorer
 from dpo_helpers.fast.flat import flatten, tokens_of
-from dpo_helpers.fast.store import TrunkStore
+from dpo_helpers.fast.store import TrunkStore, room
 from dpo_helpers.logprobs import PlainScorer
 from dpo_helpers.models import freeze
 from dpo_helpers.run.checkpoints import Checkpoints
@@ -144,12 +144,12 @@ def test_what_finds_no_room_is_run_again(cpu, budget):
     freeze(model, 2)
     objective = objectives(model, data, cpu)["dpo"]
     fast = FastScorer(model, data, 2, budget=budget)
-    assert fast.store.capacity == min(sum(map(tokens_of, data)), budget // 64)
     expected = losses_and_gradients(model, objective, PlainScorer(data, 0), range(10))
     for _ in range(2):
         assert_close(losses_and_gradients(model, objective, fast, range(10)), expected, 1e-4)
     kept = [i for i in range(10) if fast.store.has(i)]
     assert len(kept) == 10 if budget == 4e9 else 0 < len(kept) < 10 if budget else not kept
+    assert 64 * sum(tokens_of(data[i]) for i in kept) <= budget
 
 
 def test_pairs_meet_the_frozen_blocks_in_the_same_company_whichever_comes_first(cpu, monkeypatch):
@@ -167,43 +167,92 @@ def test_pairs_meet_the_frozen_blocks_in_the_same_company_whichever_comes_first(
     assert sorted(map(len, met[0])) == [0, 2, 8]
 
 
-def test_the_kept_output_lies_in_the_folder_that_is_given(tmp_path, capsys):
-    """A system's folder for temporary files may be small, or memory. A folder that is not there has no room."""
-    FastScorer(tiny_gpt2(), pairs(), 1, folder=tmp_path)
-    assert "no room" not in capsys.readouterr().out
-    FastScorer(tiny_gpt2(), pairs(), 1, folder=tmp_path / "missing")
-    assert "no room for" in capsys.readouterr().out
+def stores_of(tmp_path, dtype=torch.float32):
+    """A store with rows for pairs 5, 2 and 7, of which 5 and 2 are there, what they are, and how to open it again."""
+    rows = torch.arange(24.0).view(6, 4).to(dtype)
+
+    def opened():
+        return TrunkStore({5: 4, 2: 2, 7: 1}, 4, torch.device("cpu"), dtype=dtype, file=tmp_path / "new" / "kept.rows")
+
+    store = opened()
+    store.put(5, rows[:4])
+    store.put(2, rows[4:])
+    return store, rows, opened
 
 
-def test_a_full_disk_is_said_and_survived(monkeypatch, capsys):
+def here(store):
+    return [pair for pair in (5, 2, 7, 3) if store.has(pair)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_a_file_are_there_for_the_next_process(tmp_path, dtype):
+    """Also for one that has the file open: what it did not find, it finds as soon as another has put it there."""
+    first, rows, opened = stores_of(tmp_path, dtype)
+    second = opened()
+    assert here(second) == [5, 2]
+    assert torch.equal(second.get(5, 3), rows[:3])
+    assert torch.equal(second.get(2, 2), rows[4:])
+    first.put(7, torch.full((1, 4), 9.0))
+    assert here(second) == [5, 2, 7]
+    assert second.get(7, 1).tolist() == [[9.0] * 4]
+
+
+def test_rows_that_are_not_what_was_written_are_not_there(tmp_path):
+    """A file of 7 rows of 16 bytes and 3 checksums of 8: its bytes 64 to 95 are pair 2's."""
+    store, rows, opened = stores_of(tmp_path)
+    file = tmp_path / "new" / "kept.rows"
+    del store
+    gc.collect()
+    content = bytearray(file.read_bytes())
+    assert len(content) == 7 * 16 + 3 * 8
+    for change, expected in ((lambda c: c[95] ^ 1, [5]), (lambda c: c[95], [5, 2])):
+        damaged = bytearray(content)
+        damaged[95] = change(content)
+        file.write_bytes(damaged)
+        assert here(opened()) == expected
+    file.write_bytes(content[:70])  # cut off: the checksums are gone, and zeros have none
+    again = opened()
+    assert here(again) == []
+    again.put(2, rows[4:])
+    assert here(opened()) == [2]
+    file.write_bytes(b"")
+    assert here(opened()) == []
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dpo_helpers.fast.store.os.posix_fallocate", full, raising=False)
-    store = TrunkStore(10, 4, torch.device("cpu"), budget=1e9)
-    store.put(0, torch.ones(2, 4))
-    assert not store.has(0)
-    assert "No space left on device" in capsys.readouterr().out
+    for file in (None, tmp_path / "kept.rows"):
+        store = TrunkStore({0: 2}, 4, torch.device("cpu"), file=file)
+        store.put(0, torch.ones(2, 4))
+        assert not store.keeps(0)
+        assert not store.has(0)
+        assert "no room for 0.00 GB of the frozen blocks' output (No space left on device)" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "what was begun is gone"
 
 
-def test_a_folder_that_takes_no_file_is_no_room(tmp_path, capsys):
-    store = TrunkStore(10, 4, torch.device("cpu"), budget=1e9, folder=tmp_path / "gone")
-    assert store.capacity == 0
-    assert "no room for 0.00 GB of the frozen blocks' output (No such file or directory)" in capsys.readouterr().out
+def test_a_place_that_takes_no_file_is_no_room(tmp_path, cpu, capsys):
+    """The frozen blocks are run again each time, for the same numbers."""
+    (tmp_path / "in").write_text("the way")
+    data, model = pairs(), tiny_gpt2()
+    freeze(model, 1)
+    fast = FastScorer(model, data, 1, file=tmp_path / "in" / "kept.rows")
+    assert "no room for" in capsys.readouterr().out
+    with torch.no_grad():
+        torch.testing.assert_close(fast(model, [3, 1]), PlainScorer(data, 0)(model, [3, 1]), atol=1e-4, rtol=0)
 
 
 def test_a_gpu_gives_half_of_its_free_memory(monkeypatch):
-    """Room for 5 rows of 16 bytes in half of 170 bytes, whatever the budget says."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (170, 999))
-    monkeypatch.setattr(
-        "dpo_helpers.fast.store.torch.empty", lambda *size, dtype, device: torch.zeros(*size, dtype=dtype)
-    )
-    assert TrunkStore(100, 4, torch.device("cuda"), budget=1e9).capacity == 5
-    assert TrunkStore(100, 4, torch.device("cuda"), budget=32).capacity == 2
+    assert room(1e9, torch.device("cuda")) == 85
+    assert room(32, torch.device("cuda")) == 32
+    assert room(1e9, torch.device("cpu")) == 1e9
 
 
 def test_stored_rows_come_back_after_their_pages_are_given_up():
-    store = TrunkStore(10, 4, torch.device("cpu"), budget=1e9)
+    store = TrunkStore({5: 4, 2: 2}, 4, torch.device("cpu"))
     rows = torch.arange(24.0).view(6, 4)
     store.put(5, rows[:4])
     store.put(2, rows[4:])
@@ -211,7 +260,7 @@ def test_stored_rows_come_back_after_their_pages_are_given_up():
     assert torch.equal(store.get(5, 3), rows[:3])
     assert torch.equal(store.get(2, 2), rows[4:])
     store.put(3, torch.ones(5, 4))
-    assert not store.has(3), "ten rows fit, eleven do not"
+    assert not store.has(3), "it has no place"
     del store
     gc.collect()
 

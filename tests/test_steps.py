@@ -22,6 +22,7 @@ from dpo_helpers.fast.store import TrunkStore
 from dpo_helpers.logprobs import PlainScorer
 from dpo_helpers.models import freeze, weights_hash
 from dpo_helpers.run import measures, outputs, report, stages, trained
+from dpo_helpers.run.disk import FROZEN
 from dpo_helpers.run.report import check_results, make_report, results_schema
 from dpo_helpers.uncertainty import mean_and_error
 from dpo_helpers.worlds.embedded import true_reward
@@ -360,6 +361,13 @@ def test_the_frozen_blocks_run_once_for_all_stages(small, monkeypatch):
     stages.get_sweep(small)
     data = stages.get_data(small)
     assert len(kept) == len(set(kept)) == len(data.train) + len(data.held_out)
+    trained._FAST.clear()  # as the next process, which finds them in the run's folder
+    stages.get_dpo_from_sft(small)
+    assert len(kept) == len(data.train) + len(data.held_out)
+    assert len(list((small.run_dir / FROZEN).iterdir())) == 2
+    stages.get_dpo(replace(small, freeze_layers=small.freeze_layers - 1))
+    assert len(kept) == 2 * (len(data.train) + len(data.held_out))
+    assert len(list((small.run_dir / FROZEN).iterdir())) == 2, "those of other frozen blocks are gone"
 
 
 def test_what_is_kept_of_frozen_blocks_serves_no_other_model_and_no_other_pairs(small, monkeypatch):

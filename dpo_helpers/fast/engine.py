@@ -28,7 +28,7 @@ from ..tokens import EncodedPair, by_length
 from .architectures import Architecture, architecture
 from .flat import FlatBatch, flatten, tokens_of
 from .head import head_logprobs
-from .store import TrunkStore
+from .store import TrunkStore, room
 
 BUDGET = 4e9  # bytes kept of the frozen blocks' output
 GROUP = 8  # pairs that meet the frozen blocks together
@@ -44,31 +44,33 @@ class FastScorer:
         first_blocks: int,
         *,
         budget: float = BUDGET,
-        folder: Path | None = None,
+        file: Path | None = None,
     ):
-        """model: any of them, on the device to use; budget: bytes kept of the frozen blocks' output; folder: for it."""
-        self.pairs, self.first_blocks, self.device = pairs, first_blocks, model.device
-        kept = sum(map(tokens_of, pairs)) if first_blocks else 0  # without blocks there is nothing to save
-        self.store = TrunkStore(
-            kept, model.config.hidden_size, model.device, dtype=model.dtype, budget=budget, folder=folder
-        )
-        self.groups = self._groups()
+        """model: any of them, on the device to use; budget: bytes kept of the frozen blocks' output.
 
-    def _groups(self) -> dict[int, list[int]]:
+        file: where they are kept for another process with the same frozen blocks, pairs and budget (`TrunkStore`).
+        """
+        self.pairs, self.first_blocks, self.device = pairs, first_blocks, model.device
+        width = model.config.hidden_size
+        rows = int(room(budget, model.device) / (width * model.dtype.itemsize)) if first_blocks else 0
+        self.groups = self._groups(rows)
+        sizes = {i: tokens_of(pairs[i]) for i in self.groups}
+        self.store = TrunkStore(sizes, width, model.device, dtype=model.dtype, file=file)
+
+    def _groups(self, rows: int) -> dict[int, list[int]]:
         """Of each pair that is kept, the pairs of like length that are computed with it, whichever of them comes first.
 
         A matrix product rounds a row by what else is in the matrix. With fixed groups a pair's kept output does not
-        depend on what ran before, so that a resumed training goes on bit for bit. Where the store is too small, the
-        longest pairs have precedence; the others are computed with those of their batch each time.
+        depend on what ran before, so that a resumed training goes on bit for bit. Where there is room for too few rows,
+        the longest pairs have precedence; the others are computed with those of their batch each time.
         """
         order = by_length(self.pairs)[::-1]
         groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
         kept: dict[int, list[int]] = {}
-        room = self.store.capacity
         for group in groups:
             tokens = sum(tokens_of(self.pairs[i]) for i in group)
-            if tokens <= room:
-                room -= tokens
+            if tokens <= rows:
+                rows -= tokens
                 kept |= dict.fromkeys(group, group)
         return kept
 
@@ -110,10 +112,10 @@ class FastScorer:
             return parts.embed(batch.ids, batch.positions)
         missing = [i for i in dict.fromkeys(at) if not self.store.has(i)]
         for i in missing:
-            if i in self.groups and not self.store.has(i):
+            if self.store.keeps(i) and not self.store.has(i):
                 for j, rows in self._run_frozen(parts, frozen, self.groups[i]).items():
                     self.store.put(j, rows)
-        fresh = self._run_frozen(parts, frozen, [i for i in missing if i not in self.groups])
+        fresh = self._run_frozen(parts, frozen, [i for i in missing if not self.store.keeps(i)])
         lengths = [tokens_of(p) - (len(p.rejected) - 1) * chosen_only for p in (self.pairs[i] for i in at)]
         found = [fresh[i][:n] if i in fresh else self.store.get(i, n) for i, n in zip(at, lengths, strict=True)]
         x = torch.cat(found)

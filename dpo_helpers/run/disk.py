@@ -30,6 +30,7 @@ from ..errors import ArtefactError
 from ..show.files import flush, refused, temporary_name, whole
 
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
+FROZEN = "frozen"  # folder of a run for the frozen blocks' output, which may be deleted at any time
 _REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "EEXIST", "ENOTDIR", "ENAMETOOLONG")
 _DISK_ERRORS = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}  # not all on each system
 WAIT_SECONDS = float(os.environ.get("DPO_WAIT_SECONDS", "5"))  # for a process that holds a lock: a small artefact
@@ -89,6 +90,7 @@ def start_over(run_dir: Path) -> None:
     if not run_dir.exists():
         return
     require_idle(run_dir)
+    shutil.rmtree(run_dir / FROZEN, ignore_errors=True)  # up to some gigabytes, of no use to a run that is set aside
     try:
         print(f"{run_dir} is moved aside to {set_aside(run_dir)}")
     except OSError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ..untrusted import one_line
 from . import processes
 from .artefacts import FORMAT, LOGPROBS, METRICS, Artefact, ModelArtefact, as_model, open_artefact, write_jsonl
 from .checkpoints import Checkpoints
+from .disk import FROZEN, json_hash
 from .gradients import InParts, NotFinite, free_memory, halved
 from .loading import save_model
 from .machine import compute_of
@@ -169,7 +172,8 @@ def scorer_of(settings: Settings, data: Data, model: Any, part: str) -> Scorer:
     """Where log-probabilities of the "train" or "held_out" pairs come from, for models with this one's frozen blocks.
 
     The fast path, which all trainings of this process share: what it keeps of the frozen blocks serves reference, SFT,
-    DPO at every β, and their evaluation. Where it does not apply, a line says so once, and it is the plain one.
+    DPO at every β, and their evaluation; on a CPU it lies in the run's folder, for the next process too. Where the fast
+    path does not apply, a line says so once, and it is the plain one.
     """
     pairs: Sequence[EncodedPair] = getattr(data, part)
     if not settings.freeze_embeddings or not is_known(model):
@@ -181,9 +185,20 @@ def scorer_of(settings: Settings, data: Data, model: Any, part: str) -> Scorer:
     if (same, part) not in _FAST:
         for key in [key for key in _FAST if key[0] != same]:
             del _FAST[key]
-        budget, folder = settings.trunk_gb * 1e9, settings.run_dir
-        _FAST[same, part] = FastScorer(model, pairs, settings.freeze_layers, budget=budget, folder=folder)
+        budget, file = settings.trunk_gb * 1e9, _frozen_file(settings, part, [same, data.tokenizer_sha256])
+        _FAST[same, part] = FastScorer(model, pairs, settings.freeze_layers, budget=budget, file=file)
     return _FAST[same, part]
+
+
+def _frozen_file(settings: Settings, part: str, decides: object) -> Path:
+    """The file for the frozen blocks' output, named by what decides it; one that was made from something else goes."""
+    folder = settings.run_dir / FROZEN
+    file = folder / f"{part}-{json_hash([FORMAT, torch.__version__, repr(decides)])[:16]}.rows"
+    for other in folder.glob(f"{part}-*.rows"):
+        if other != file:
+            with suppress(OSError):  # Windows keeps a file that another process reads
+                other.unlink()
+    return file
 
 
 @cache

@@ -17,7 +17,7 @@ from test_training import pairs, run, sft
 
 from conftest import ROOT, SMALL
 from dpo_helpers.errors import ArtefactError
-from dpo_helpers.run import disk, stages
+from dpo_helpers.run import disk, stages, trained
 from dpo_helpers.run.checkpoints import Checkpoints
 from dpo_helpers.run.disk import holding, start_over, writing
 from dpo_helpers.run.signals import Interrupted, finishing_first
@@ -242,11 +242,15 @@ def test_fresh_moves_the_run_aside_whole_and_not_while_it_is_held(small, holder,
         start_over(small.run_dir)
     holder.kill()
     holder.wait()
+    monkeypatch.setattr(trained, "_FAST", {})
+    stages.get_base(small)
+    assert (small.run_dir / disk.FROZEN).is_dir()
     start_over(small.run_dir)
     assert not small.run_dir.exists()
     aside = small.run_dir.with_name("mini.old-1")
     assert f"{small.run_dir} is moved aside to {aside}" in capsys.readouterr().out
     assert (aside / "data/train.jsonl").is_file()
+    assert not (aside / disk.FROZEN).exists(), "gigabytes that nothing reads any more"
     assert stages.get_data(small).sha256 == made
     start_over(small.run_dir.with_name("none"))
 
