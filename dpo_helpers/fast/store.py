@@ -104,7 +104,9 @@ def _mapped_file(size: int, path: Path | None) -> mmap.mmap | None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") if path else tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):  # reserves the room: writing a map past a full disk would kill us
+            if os.fstat(file.fileno()).st_size >= size:
+                pass  # another process has made it
+            elif hasattr(os, "posix_fallocate"):  # reserves the room: writing a map past a full disk would kill us
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
