@@ -80,8 +80,9 @@ def test_a_step_of_the_course_writes_its_artefact_once(tmp_path):
     ]
     done = launch("-m", "dpo_helpers", "dpo", "--device", "cpu", f"--runs-dir={tmp_path / 'two'}", *options)
     assert done.stdout.count("dpo: ") == 1
+    assert len(list((tmp_path / "two/mini/frozen").iterdir())) == 2, "one file for both processes, and one of each part"
     assert sorted(p.name for p in (tmp_path / "two/mini").iterdir() if not p.name.startswith(".")) == [
-        "data", "dpo", "reference",
+        "data", "dpo", "frozen", "reference",
     ]  # fmt: skip
     one = get_dpo(load_settings("mini", runs_dir=str(tmp_path / "one"), device="cpu", **values))
     two = tmp_path / "two/mini/dpo"
