@@ -96,8 +96,9 @@ class FastScorer:
     def _require_frozen(self, model: Any) -> None:
         if model.training:
             raise TrainingError("the fast path needs dropout off, since it runs the frozen blocks once: model.eval()")
-        frozen = frozen_part(model, self.first_blocks)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in frozen.parameters()):
+        if not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in frozen_part(model, self.first_blocks).parameters()):
             raise TrainingError(
                 f"the fast path runs the embeddings and the first {self.first_blocks} blocks without gradient, but "
                 "they are not all frozen: models.freeze"
