@@ -83,8 +83,8 @@ class Prepared:
             allow_dropped=True,
         )  # fmt: skip
         kept = {pair.index for pair in first}
-        tried, train = sum(pair.index in kept for pair in ids.train), len(ids.train)
-        self.all = [*ids.train, *ids.held_out]
+        tried, train = sum(pair.index in kept for pair in ids["train"]), len(ids["train"])
+        self.all = [*ids["train"], *ids["held_out"]]
         self.part = {"tried": slice(0, tried), "validation": slice(tried, train), "train": slice(0, train),
                      "held out": slice(train, len(self.all))}  # fmt: skip
         self.model = load_model(settings)

@@ -19,10 +19,9 @@ from typing import Any
 
 from sphinx.cmd.build import build_main
 
-from dpo_helpers.run.course import drop_widgets
+from dpo_helpers.run.course import drop_widgets, notebooks_in
 
 DOCS = Path(__file__).resolve().parent
-LESSONS = ("[0-9][0-9]_*.ipynb", "beyond/[a-z]_*.ipynb")  # neither _template.ipynb nor exercises/
 FOLDED = {"setup": "set-up cell", "solution": "solution"}  # cells with these tags, and what their fold says
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^\s():#]+)(#[^\s()]*)?\)")  # in Markdown, to another file of the course
 
@@ -86,7 +85,7 @@ def prepare(notebooks: Path, source: Path) -> list[Path]:
     if mathjax is None or not mathjax.submodule_search_locations:
         raise SystemExit("error: the package jupyter-server-mathjax is missing; install '.[site]'")
     shutil.copytree(Path(mathjax.submodule_search_locations[0]) / "static", source / "_static/mathjax")
-    lessons = [path.relative_to(notebooks) for lesson in LESSONS for path in sorted(notebooks.glob(lesson))]
+    lessons = [path.relative_to(notebooks) for path in notebooks_in(notebooks, beyond=True)]
     pages = {path.as_posix() for path in lessons} | {path.name for path in source.iterdir()}
     for page in source.glob("*.md"):
         page.write_text(site_links(page.read_text(encoding="utf-8"), f"docs/{page.name}", pages), encoding="utf-8")

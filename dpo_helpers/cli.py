@@ -250,15 +250,11 @@ def course(
     from .run.course import run_course
 
     processes.require_one("course")
-    changed = {
-        f.name for f in fields(Settings)
-        if f.name != "runs_dir" and getattr(settings, f.name) != getattr(load_settings(settings.profile), f.name)
-    }  # fmt: skip
-    for name in changed:  # the notebooks read settings from the environment
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        os.environ[f"DPO_{name.upper()}"] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    default = load_settings(settings.profile)  # before the environment changes
+    for f in fields(Settings):  # the notebooks read settings from the environment
+        value = getattr(settings, f.name)
+        if f.name != "runs_dir" and value not in (None, getattr(default, f.name)):
+            os.environ[f"DPO_{f.name.upper()}"] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     run_course(settings, in_place=in_place, beyond=beyond)
 
 

@@ -114,9 +114,10 @@ def _read_run(folder: Path) -> Run:
 
 def _read_model(model: Path, run: Path) -> Run:
     rows, manifest = read_jsonl(model / METRICS), _json(model / MANIFEST)
-    scores, reference = (
-        load_scores(p, "held_out") if (p / LOGPROBS).is_file() else None for p in (model, run / "reference")
-    )
+    start = manifest.get("made_from", {}).get("reference")
+    is_from_sft = start is not None and start == _json(run / "sft" / MANIFEST).get("about", {}).get("weights_sha256")
+    pi_ref = run / ("sft" if is_from_sft else "reference")
+    scores, reference = (load_scores(p, "held_out") if (p / LOGPROBS).is_file() else None for p in (model, pi_ref))
     current = [p for p in (run / "evaluation").glob("*") if ".old-" not in p.name]
     evaluations = {p.name: _json(p / "metrics.json") for p in current}
     betas = {p: _json(p / MANIFEST).get("made_from", {}).get("beta") for p in current}
@@ -128,8 +129,8 @@ def _read_model(model: Path, run: Path) -> Run:
     return Run(
         model, [r for r in rows if r["split"] == "train"], [r for r in rows if r["split"] == "held_out"],
         manifest.get("about", {}), manifest.get("made_from", {}), scores, reference,
-        reference_about=_json(run / "reference" / MANIFEST).get("about", {}),
-        evaluation=evaluations.get(model.name, {}), reference_evaluation=evaluations.get("reference", {}),
+        reference_about=_json(pi_ref / MANIFEST).get("about", {}),
+        evaluation=evaluations.get(model.name, {}), reference_evaluation=evaluations.get(pi_ref.name, {}),
         kl_by_beta=sweep,
     )  # fmt: skip
 

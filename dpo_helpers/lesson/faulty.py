@@ -27,10 +27,10 @@ from ..run.gradients import InParts
 from ..run.machine import compute_of
 from ..run.stages import HOT_FACTOR, dpo_objective, get_base, get_data, get_reference, get_sft
 from ..run.trained import plan_of, score_part, scorer_of, updates_of
-from ..run.watch import evaluation_points
+from ..run.watch import Points
 from ..settings import Settings
 from ..tokens import EncodedPair
-from ..training import DPOObjective, MetricsRow, TrainPlan, Watch, train
+from ..training import DPOObjective, MetricsRow, TrainPlan, train
 from .exercises.faults import PUZZLES
 
 PAIRS = 320  # training pairs of each training, each seen once
@@ -175,31 +175,11 @@ class _OwnReference(DPOObjective):
         return DPOObjective(of_policy, self.beta, self.loss_type, self.label_smoothing)(at, chosen, rejected)
 
 
-class _HeldOutPoints(Watch):
-    """Measures the policy before the first update and POINTS times on the way."""
-
-    def __init__(self, setup: Setup):
-        self.setup = setup
-
-    def begin(self, model: Any, optimizer: Any, gradient: Any, total: int) -> list[MetricsRow]:
-        """As `Watch`."""
-        self.model, self.points = model, evaluation_points(total, POINTS)
-        return [self._point(0, 0)]
-
-    def updated(self, rows: list[MetricsRow]) -> None:
-        """As `Watch`."""
-        if rows[-1]["step"] in self.points:
-            rows.append(self._point(rows[-1]["step"], rows[-1]["epoch"]))
-
-    def _point(self, step: int, epoch: int) -> MetricsRow:
-        setup, settings = self.setup, self.setup.settings
-        scores = score_part(settings, get_data(settings), self.model, "held_out", HELD_OUT)
-        reference, loss = (
-            scores if setup.own_reference else setup.held_out,
-            (settings.loss_type, settings.label_smoothing),
-        )
-        metrics = preference_metrics(scores, reference, settings.beta, *loss)
-        return {"step": step, "epoch": epoch, "split": "held_out", "pairs": len(scores.chosen), **metrics}
+def _held_out(setup: Setup, model: Any) -> MetricsRow:
+    settings = setup.settings
+    scores = score_part(settings, get_data(settings), model, "held_out", HELD_OUT)
+    reference, loss = scores if setup.own_reference else setup.held_out, (settings.loss_type, settings.label_smoothing)
+    return {"pairs": len(scores.chosen), **preference_metrics(scores, reference, settings.beta, *loss)}
 
 
 def train_faulty(setup: Setup, name: str) -> list[MetricsRow]:
@@ -211,7 +191,8 @@ def train_faulty(setup: Setup, name: str) -> list[MetricsRow]:
     if setup.own_reference:
         objective = _OwnReference(objective.reference, objective.beta, objective.loss_type, objective.label_smoothing)
     in_parts = InParts(plan.micro_batch_size, compute, [p for p in model.parameters() if p.requires_grad])
-    watch = _HeldOutPoints(setup)
+    every = -(-updates_of(len(setup.pairs), plan) // POINTS)
+    watch = Points(lambda model, _: _held_out(setup, model), every)
     return train(model, setup.pairs, setup.scorer, objective, plan, compute, gradient=in_parts, watch=watch, name=name)
 
 

@@ -75,8 +75,8 @@ def model_card(
 
 ## Measured
 
-Means with standard errors; KL and text on the model's own samples at temperature 1, rewards on held-out pairs with
-the reference at reward 0, so its accuracy says nothing.
+Means with standard errors; KL and text on the model's own samples at temperature 1, rewards on held-out pairs
+against the model that DPO started from, whose own are 0, so its accuracy says nothing.
 
 {table}
 

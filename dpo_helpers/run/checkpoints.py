@@ -22,9 +22,10 @@ from ..errors import ArtefactError
 from ..show.files import refused
 from ..untrusted import one_line
 from . import processes
-from .disk import changed_keys, load_manifest, set_aside, write_text, writing
+from .artefacts import METRICS, read_jsonl, write_jsonl
+from .disk import changed_keys, load_manifest, remove_halves, set_aside, write_text, writing
 
-WEIGHTS, OPTIMIZER, ROWS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 KEPT = 2  # the newest checkpoint, and the one before it in case the newest turns out damaged
 
 
@@ -68,8 +69,7 @@ class Checkpoints:
         return None if step < 0 else self._read(step)
 
     def _find(self) -> int | None:
-        for left in self.folder.glob(".step-*-????????"):  # half-written by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        remove_halves(self._at("*"))
         steps = self.steps()
         if steps and not self.resume:
             print(one_line(f"{self.folder.name}: not resumed, set aside as {set_aside(self.folder).name}"))
@@ -99,17 +99,16 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def _at(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}"
+    def _at(self, step: int | str) -> Path:
+        return self.folder / f"step-{step:0>6}"
 
     def _read(self, step: int) -> TrainState:
         folder = self._at(step)
         manifest = load_manifest(folder)
         assert manifest is not None
         about = manifest["about"]
-        rows = [json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines()]
         weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
-        return TrainState(step, weights, optimizer, rows, about["micro_size"], about["scaler"])
+        return TrainState(step, weights, optimizer, read_jsonl(folder / METRICS), about["micro_size"], about["scaler"])
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint; those before the last good one go once it has been read back whole.
@@ -120,19 +119,18 @@ class Checkpoints:
             draft.about.update(step=state.step, micro_size=state.micro_size, scaler=state.scaler)
             save_file(state.weights, draft.folder / WEIGHTS)
             save_file(state.optimizer, draft.folder / OPTIMIZER)
-            lines = "".join(json.dumps(row) + "\n" for row in state.rows)
-            (draft.folder / ROWS).write_text(lines, encoding="utf-8")
+            write_jsonl(draft.folder / METRICS, state.rows)
         load_manifest(self._at(state.step))
         for step in [step for step in self.steps() if step < state.step][: 1 - KEPT]:
             shutil.rmtree(self._at(step), ignore_errors=True)
 
     def begin_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Begin the log again with the rows so far: those after the checkpoint that is gone on from will come again."""
-        write_text(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append an update's metrics to the log, to be read while the training runs and after it failed."""
-        path = self.folder / ROWS
+        path = self.folder / METRICS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as stream:

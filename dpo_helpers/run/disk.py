@@ -83,9 +83,10 @@ def require_idle(run_dir: Path, mine: Path | None = None) -> None:
 
 
 def start_over(run_dir: Path) -> None:
-    """Move a run aside, whole, so that the next one begins with nothing; a printed line says where it is now.
+    """Move a run aside, so that the next one begins with nothing; a printed line says where it is now.
 
-    Raises ArtefactError if a process is making something in it, or the disk refuses.
+    The frozen blocks' output, which any run makes again, is deleted. Raises ArtefactError if a process is making
+    something in it, or the disk refuses.
     """
     if not run_dir.exists():
         return

@@ -99,6 +99,19 @@ def _config(where: dict[str, Any]) -> Any:
     return config
 
 
+def _opened(where: dict[str, Any]) -> tuple[Any, Any]:
+    """(The model in float32 on the CPU, what transformers says of its weights) from a place that was looked at."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    safe = {} if "gguf_file" in where else {"use_safetensors": True}
+    return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]  # a local folder: there is no revision
+        **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False,
+        output_loading_info=True, ignore_mismatched_sizes=True,  # `_check_keys` names them
+    )  # fmt: skip
+
+
 @opening()
 def load_model(settings: Settings) -> Any:
     """The settings' model in float32 on the CPU, dropout off, as transformers' AutoModelForCausalLM.
@@ -106,17 +119,9 @@ def load_model(settings: Settings) -> Any:
     Only safetensors and GGUF weights are read, and no code of a model's own is run. Raises ModelError where it
     cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     with _location(source_of(settings, "model")) as where:
-        safe = {} if "gguf_file" in where else {"use_safetensors": True}
-        try:  # a local folder: there is no revision
-            model, found = AutoModelForCausalLM.from_pretrained(
-                **where, **safe, config=_config(where), dtype=torch.float32, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,  # `_check_keys` names them
-            )  # fmt: skip
+        try:
+            model, found = _opened(where)
         except Exception as error:  # from_pretrained has no common base for what can go wrong
             raise ModelError(
                 f"cannot load model {settings.model!r} ({first_line(error)}); check --model, or use --profile mini"
@@ -199,16 +204,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 @opening()
 def load_saved(folder: Path) -> Any:
     """A model that a stage saved, in float32 on the CPU, dropout off."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    _check_folder(folder)  # a local folder: there is no revision
-    config = _config({"pretrained_model_name_or_path": folder})
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, use_safetensors=True, dtype=torch.float32, trust_remote_code=False,
-        output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    _check_folder(folder)
+    model, found = _opened({"pretrained_model_name_or_path": folder})
     _check_keys(found, str(folder))
     return with_float32_head(model).eval()
 

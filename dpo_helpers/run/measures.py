@@ -58,11 +58,6 @@ def _beta_of(settings: Settings, model: ModelArtefact) -> float:
     return float(model.manifest["made_from"].get("beta", settings.beta))
 
 
-def evaluation_prompts(settings: Settings) -> list[str]:
-    """Prompts on which responses are sampled: of the embedded world's held-out topics, or of held-out pairs."""
-    return prompts_to_sample(settings, get_data(settings).pairs)
-
-
 def get_evaluation(settings: Settings, model: ModelArtefact) -> Evaluation:
     """Measure a model: rewards on all held-out pairs, KL to π_ref and text measures on its own samples.
 
@@ -83,7 +78,7 @@ def get_evaluation(settings: Settings, model: ModelArtefact) -> Evaluation:
     }
     with open_artefact(settings, f"evaluation/{name}", made_from) as artefact:
         if artefact.mine:
-            compute, prompts = compute_of(settings), evaluation_prompts(settings)
+            compute, prompts = compute_of(settings), prompts_to_sample(settings, data.pairs)
             policy, base = model.load(compute), reference.load(compute)
             metrics = preference_metrics(model.scores("held_out"), reference.scores("held_out"), beta, *loss)
             found = sample_and_measure(settings, data.tokenizer, policy, base, prompts, f"sampling from {name}")
@@ -111,7 +106,8 @@ def get_frontier(settings: Settings) -> dict[str, list[MetricsRow]]:
 
     A point is a row with step (updates done), kl, true_reward where it is known, reward_margin of DPO, each with _se.
     Those along a training are of the same `curve_prompts` prompts and CURVE_PAIRS pairs, up to its end; the last one,
-    of the same update, is of all, as `get_evaluation` has it. A run without a curve has only that one.
+    of the same update, is of all, as `get_evaluation` has it. A run without a curve, or SFT where it is π_ref, has only
+    that one.
     """
     betas = sorted({*settings.betas, *settings.frontier_betas})
     models = {"sft": get_sft(settings)} | {f"β = {beta_name(beta)}": get_dpo(settings, beta) for beta in betas}
@@ -122,7 +118,7 @@ def _points(settings: Settings, model: ModelArtefact) -> list[MetricsRow]:
     updates = max(row["step"] for row in model.metrics)
     end = {"step": updates, **get_evaluation(settings, model).metrics}
     on_the_way = [row for row in model.metrics if "kl" in row and row["step"] < updates]
-    if not on_the_way:
+    if not on_the_way or model.name == get_reference(settings).name:  # whose KL on the way was to the plain model
         return [end]
     values, of_the_same = get_values(settings, model), {"step": updates}
     for key, count in {

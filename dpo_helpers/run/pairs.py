@@ -245,18 +245,10 @@ def load_pairs(settings: Settings) -> PairData:
     return PairData(train, held_out, findings, label)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of pairs to train on and pairs held out, in the order of their texts."""
-
-    train: list[EncodedPair]
-    held_out: list[EncodedPair]
-
-
 def fit_pairs(
     found: PairData, tokenizer: Any, *, max_length: int, max_prompt_length: int, allow_dropped: bool
-) -> tuple[PairData, Encoded]:
-    """The pairs that still differ once they are cut to `max_length` tokens, as text and as ids.
+) -> tuple[PairData, dict[str, list[EncodedPair]]]:
+    """The pairs that still differ once they are cut to `max_length` tokens, as text, and as ids of "train", "held_out".
 
     Each pair that is cut gets a finding. One that the chat template cannot render is dropped, and so are two
     responses that differ only in what is cut off. Raises RowsError where that meets more of the pairs than is accepted.
@@ -288,4 +280,4 @@ def fit_pairs(
         return kept, ids_of
 
     (train, train_ids), (held_out, held_out_ids) = _fit(found.train, "train"), _fit(found.held_out, "held_out")
-    return PairData(train, held_out, findings, found.source), Encoded(train_ids, held_out_ids)
+    return PairData(train, held_out, findings, found.source), {"train": train_ids, "held_out": held_out_ids}

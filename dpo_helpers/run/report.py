@@ -32,7 +32,7 @@ from .measures import (
     get_values,
 )
 from .outputs import get_final_model, get_generations
-from .stages import beta_name, get_base, get_data, get_dpo, get_sft, get_sweep
+from .stages import beta_name, get_base, get_data, get_dpo, get_reference, get_sft, get_sweep
 
 COLUMNS = {
     "true_reward": "true reward",
@@ -128,7 +128,7 @@ def draw_figures(settings: Settings) -> dict[str, str]:
         "05-dpo-training": figures.plot_dpo(dpo.metrics, baselines, folder),
         "05-reward-kl": figures.plot_reward_kl(comparison, folder),
         "06-beta-sweep": figures.plot_sweep(sweep, baselines, folder),
-        "06-frontier": figures.plot_frontier(frontier, comparison["reference"], folder),
+        "06-frontier": figures.plot_frontier(frontier, comparison[get_reference(settings).name], folder),
         "06-study": figures.plot_study(dpo.metrics, comparison, sweep, folder),
         "07-text-measures": figures.plot_text_measures(comparison, folder),
     }

@@ -18,7 +18,7 @@ from ..evaluation import score_pairs
 from ..fast.engine import FastScorer
 from ..generation import continued
 from ..logprobs import BOTH, PlainScorer, Scorer
-from ..tokens import EncodedPair, collate
+from ..tokens import EncodedPair, collate, padded
 from ..training import DPOObjective, MetricsRow, TrainPlan, train
 
 # token ids of N prompts and of N responses -> how good each response is, [N] float32 on the CPU
@@ -50,9 +50,8 @@ class RewardModel(nn.Module):
         """As `Score`."""
         order, scores = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i])), []
         for start in range(0, len(order), 32):
-            rows = [EncodedPair(prompts[i], responses[i], []) for i in order[start : start + 32]]
-            batch = collate(rows, pad_id=0).to(self.base.device)  # any id pads: the score is read before it
-            scores.append(self(batch.ids[: len(rows)], batch.attention_mask[: len(rows)]).float().cpu())
+            rows = padded([[*prompts[i], *responses[i]] for i in order[start : start + 32]])
+            scores.append(self(*(each.to(self.base.device) for each in rows)).float().cpu())
         return torch.cat(scores)[torch.tensor(order).argsort()]
 
 

@@ -68,7 +68,7 @@ def get_data(settings: Settings) -> Data:
                 raise DataError(f"{error}; all of them are listed in {list_of_all}") from error
             for part in PARTS:
                 write_jsonl(artefact.folder / f"{part}.jsonl", [asdict(pair) for pair in getattr(found, part)])
-                write_jsonl(artefact.folder / f"{part}.ids.jsonl", [asdict(pair) for pair in getattr(ids, part)])
+                write_jsonl(artefact.folder / f"{part}.ids.jsonl", [asdict(pair) for pair in ids[part]])
             write_jsonl(artefact.folder / REJECTED, [asdict(row) for row in found.findings])
             artefact.about["source"] = found.source
     return _read_data(settings, artefact.folder, json_hash(artefact.manifest))

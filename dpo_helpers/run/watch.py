@@ -108,20 +108,20 @@ class RunWatch(Watch):
 
 
 class Points(Watch):
-    """The `watch` of a training that is not kept: `evaluate` before the first update and after every `every`-th."""
+    """The `watch` of a training that is not kept: `evaluate` before it, after every `every`-th update and the last."""
 
     def __init__(self, evaluate: Evaluate, every: int):
         self.evaluate, self.every = evaluate, every
 
     def begin(self, model: Any, optimizer: torch.optim.Optimizer, gradient: Any, total: int) -> list[MetricsRow]:
         """As `Watch`."""
-        self.model = model
+        self.model, self.total = model, total
         return [{"step": 0, "epoch": 0, "split": "held_out", **self.evaluate(model, 0)}]
 
     def updated(self, rows: list[MetricsRow]) -> None:
         """As `Watch`."""
         step, epoch = rows[-1]["step"], rows[-1]["epoch"]
-        if step % self.every == 0:
+        if step % self.every == 0 or step == self.total:
             rows.append({"step": step, "epoch": epoch, "split": "held_out", **self.evaluate(self.model, step)})
 
 

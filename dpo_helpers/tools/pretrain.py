@@ -1,7 +1,7 @@
-"""Rebuild the embedded GPT-2: `python -m dpo_helpers build-mini` (about ten minutes on two cores).
+"""Rebuild the embedded GPT-2: `python -m dpo_helpers build-mini` (17 minutes on two cores).
 
 Trains a byte-level BPE tokenizer and a small 12-block GPT-2 on the embedded world's unranked mixture.
-The result is what ships in `dpo_helpers/mini/model/`: float16 safetensors, so the package stays small;
+The result is what ships in `dpo_helpers/worlds/mini/model/`: float16 safetensors, so the package stays small;
 loading casts them to float32, exactly.
 """
 

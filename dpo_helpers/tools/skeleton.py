@@ -117,7 +117,7 @@ def _opening(notebook: Notebook) -> Iterator[str]:
         yield f"the shared cells are {found}, not {list(SHARED)}"
     idea = _section(notebook, "## The idea")
     if not any(cell.cell_type == "code" and re.search(r"\b(plot|explore)_\w+\(", cell.source) for cell in idea):
-        yield "the idea has no picture: a cell that calls a plot_… of dpo_helpers.figures"
+        yield "the idea has no picture: a cell that calls a plot_… of dpo_helpers.show.figures"
 
 
 def _section(notebook: Notebook, heading: str) -> list[Any]:

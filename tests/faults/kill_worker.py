@@ -28,7 +28,8 @@ from dpo_helpers.device import Compute
 from dpo_helpers.logprobs import BOTH, PlainScorer
 from dpo_helpers.models import freeze
 from dpo_helpers.run import stages
-from dpo_helpers.run.checkpoints import OPTIMIZER, ROWS, WEIGHTS, Checkpoints
+from dpo_helpers.run.artefacts import METRICS
+from dpo_helpers.run.checkpoints import OPTIMIZER, WEIGHTS, Checkpoints
 from dpo_helpers.run.disk import file_hash
 from dpo_helpers.run.gradients import InParts
 from dpo_helpers.run.watch import RunWatch
@@ -85,7 +86,7 @@ def result(kind: str, folder: Path) -> dict[str, object]:
     """Hashes of the trained tensors and the metrics, times apart."""
     if kind == "tiny":
         last = folder / f"tiny.unfinished/step-{UPDATES:06d}"
-        rows = [json.loads(line) for line in (last / ROWS).read_text().splitlines()]
+        rows = [json.loads(line) for line in (last / METRICS).read_text().splitlines()]
         tensors = {name: file_hash(last / name) for name in (WEIGHTS, OPTIMIZER)}
         moved = load_file(last / OPTIMIZER)
         assert all(v.abs().sum() > 0 for v in moved.values()), "the optimiser has a state to lose"

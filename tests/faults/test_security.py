@@ -684,8 +684,7 @@ ONLY = {"trust_remote_code": False, "shell": False, "allow_pickle": False, "weig
 HUB = {"load_dataset", "hf_hub_download", "snapshot_download", "cached_file", "from_pretrained"}
 # calls that need no revision, and why: (file, first argument)
 LOCAL = {
-    ("loading.py", "folder"): "load_saved: a folder that a stage has written",
-    ("loading.py", "where"): "what loading._location gives: a folder on this machine",
+    ("loading.py", "where"): "what loading._location gives, or a folder that a stage has written: on this machine",
     ("07_generations.ipynb", "final"): "the folder that the stage has just written",
     ("pairs.py", "str(folder)"): "what sources.fetched gives: a checked folder on this machine, at its commit",
 }
