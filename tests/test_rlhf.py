@@ -447,7 +447,8 @@ def test_the_true_reward_as_a_score(tokenizer):
     assert found[0] > found[1] + 1
 
 
-def test_points_are_measured_before_and_on_the_way(cpu):
+@pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 6]), (4, [0, 4, 6])])
+def test_points_are_measured_before_on_the_way_and_at_the_end(cpu, every, steps):
     policy, reference = frozen_twins()
     seen = []
 
@@ -456,10 +457,10 @@ def test_points_are_measured_before_and_on_the_way(cpu):
         return {"kl": float(step)}
 
     data = pairs(10)
-    logged = train(policy, data, sampler(policy, reference, n=10), Rloo(0.1), PLAN, cpu, watch=Points(evaluate, 2))
+    logged = train(policy, data, sampler(policy, reference, n=10), Rloo(0.1), PLAN, cpu, watch=Points(evaluate, every))
     held_out = [row for row in logged if row["split"] == "held_out"]
-    assert [(row["step"], row["kl"]) for row in held_out] == [(0, 0.0), (2, 2.0), (4, 4.0), (6, 6.0)]
-    assert seen == [(True, 0), (True, 2), (True, 4), (True, 6)]
+    assert [(row["step"], row["kl"]) for row in held_out] == [(step, float(step)) for step in steps]
+    assert seen == [(True, step) for step in steps]
 
 
 # the stored results

@@ -221,6 +221,8 @@ def test_init_from_sft_starts_both_models_there(small):
     assert dpo.manifest["made_from"]["reference"] == sft.weights_sha256
     assert dpo.metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert measures.get_evaluation(settings, sft).metrics["kl"] == pytest.approx(0.0, abs=1e-5)
+    # along its training SFT's KL was to the plain model: one point, at the start of the others
+    assert [row["kl"] for row in measures.get_frontier(settings)["sft"]] == [pytest.approx(0.0, abs=1e-5)]
 
 
 def test_a_sweep_shares_the_main_run_and_names_the_rest(small):
