@@ -25,8 +25,7 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     logits: [N, T, V], any float dtype; ids: [N, T]. Returns [N, T-1], in the dtype of `log_softmax`.
     The logits at position t predict the token at t + 1, so both are shifted by one against each other.
     """
-    log_p = log_softmax(logits[:, :-1])  # [N, T-1, V]
-    return log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return log_softmax(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def response_logprobs(logits: Tensor, ids: Tensor, response_mask: Tensor) -> Tensor:

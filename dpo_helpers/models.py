@@ -41,8 +41,7 @@ def blocks(model: Any) -> nn.ModuleList:
     return lists[fitting[0]]
 
 
-class _Reached(Exception):
-    pass
+class _Reached(Exception): ...
 
 
 def _run_to(model: Any, block: nn.Module) -> tuple[list[nn.Module], Tensor]:

@@ -171,17 +171,15 @@ def load_settings(profile: str = "mini", **overrides: Any) -> Settings:
     DPO_PROFILE replaces `profile`. A model or data set other than the profile's drops the profile's revision.
     Raises SettingsError for an unknown profile, field or value.
     """
-    profile = os.environ.get("DPO_PROFILE") or profile
-    if profile not in PROFILES:
+    if (profile := os.environ.get("DPO_PROFILE") or profile) not in PROFILES:
         raise SettingsError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}")
     names = [f.name for f in fields(Settings) if f.name != "profile"]
     for name in names:
         text = os.environ.get(f"DPO_{name.upper()}")
         if text and name not in overrides:
             overrides[name] = parse_value(name, text)
-    for name in overrides:
-        if name not in names:
-            raise SettingsError(f"unknown setting {name!r}: see python -m dpo_helpers all --help")
+    if unknown := sorted(overrides.keys() - names):
+        raise SettingsError(f"unknown setting {unknown[0]!r}: see python -m dpo_helpers all --help")
     for what in ("model", "dataset"):
         if overrides.get(what, getattr(PROFILES[profile], what)) != getattr(PROFILES[profile], what):
             overrides.setdefault(f"{what}_revision", None)

@@ -18,6 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import DataError
 from .hh import Pair, as_messages
 
+TODAY = "{% macro strftime_now(_) %}26 Jul 2024{% endmacro %}"  # before a template: ids do not change with the day
+
 
 @dataclass(frozen=True)
 class EncodedPair:
@@ -93,8 +95,8 @@ def prompt_texts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Prompts in HH's text as the model reads them: as they are, or rendered by the tokenizer's chat template."""
     if not has_template(tokenizer):
         return list(prompts)
-    messages = [as_messages(prompt) for prompt in prompts]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    how = {"chat_template": TODAY + tokenizer.get_chat_template(), "add_generation_prompt": True, "tokenize": False}
+    return list(tokenizer.apply_chat_template([as_messages(prompt) for prompt in prompts], **how))
 
 
 def has_template(tokenizer: Any) -> bool:

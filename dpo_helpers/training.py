@@ -169,6 +169,12 @@ def train(
     batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
     rows = watch.begin(model, optimizer, gradient, len(batches))
     done = sum(row["split"] == "train" for row in rows)
+
+    def _losses(part: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:  # no name in the loop keeps their graph alive
+        with compute.autocast():
+            logps = scorer(model, part, objective.sides)  # log π_θ(y | x), [B] for each side
+            return objective(part, *logps)  # losses and metrics, [B] each
+
     bar = tqdm(range(done, len(batches)), desc=name, unit="update", initial=done, total=len(batches))
     with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
         for step in bar:
@@ -177,17 +183,13 @@ def train(
             optimizer.zero_grad()
             for part in gradient.parts(pairs, at, step):
                 with gradient.attempt():
-                    with compute.autocast():
-                        logps = scorer(model, part, objective.sides)  # log π_θ(y | x), [B] for each side
-                        losses, metrics = objective(part, *logps)  # [B] each
-                    gradient.backward(losses, metrics)
+                    gradient.backward(*_losses(part))
             means = gradient.finish(optimizer)
             norm = clip_grad_norm_(parameters, plan.max_grad_norm)
             rate = plan.learning_rate * rate_factor(step, len(batches), plan)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            noted = gradient.step(optimizer, norm)
-            row = {"step": step + 1, "epoch": epoch, "split": "train", **means, **noted}
+            row = {"step": step + 1, "epoch": epoch, "split": "train", **means, **gradient.step(optimizer, norm)}
             rows.append(row | {"learning_rate": rate, "pairs": len(at), "seconds": time.perf_counter() - started})
             watch.updated(rows)
             bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{rate:.1e}")

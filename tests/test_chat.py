@@ -16,10 +16,10 @@ from conftest import tiny_gpt2
 from dpo_helpers.errors import DataError, ModelError
 from dpo_helpers.hh import Pair, as_messages
 from dpo_helpers.run import outputs, stages
-from dpo_helpers.run.chat import end_of_turn, unrendered
+from dpo_helpers.run.chat import end_of_turn, rendered, unrendered
 from dpo_helpers.run.loading import load_tokenizer
 from dpo_helpers.settings import load_settings
-from dpo_helpers.tokens import encode_pair, encode_prompts, encode_text, start_ids
+from dpo_helpers.tokens import encode_pair, encode_prompts, encode_text, prompt_texts, start_ids
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 SYSTEM = (
@@ -158,10 +158,24 @@ def test_a_template_without_an_end_takes_the_end_of_text(tokenizer):
     assert end_of_turn(with_template(tokenizer, open_ended), "x") == tokenizer.eos_token
 
 
+def test_a_template_without_an_end_and_a_tokenizer_without_one_are_refused(tokenizer):
+    endless = with_template(tokenizer, CHATML.replace("<|im_end|>\n", "\n"))
+    endless.eos_token = None
+    with pytest.raises(ModelError, match="ends an answer with nothing, and the tokenizer has no end-of-text"):
+        end_of_turn(endless, "x")
+
+
+def test_a_template_that_prints_the_date_renders_the_same_every_day(tokenizer):
+    dated = with_template(tokenizer, "{{ strftime_now('%H:%M:%S.%f') }}" + CHATML)
+    assert prompt_texts(dated, [PAIR.prompt])[0].startswith("26 Jul 2024<|im_start|>")
+    alone, whole = rendered(dated, PAIR.prompt, PAIR.chosen)
+    assert whole.startswith(alone)
+
+
 def test_pairs_that_cannot_be_rendered_are_findings(tokenizer, chat):
     def reason(tokenizer, pair):
-        found = unrendered(tokenizer, pair, "held_out")
-        return found and (found.index, found.split, found.reason)
+        found = unrendered(tokenizer, [pair], "held_out")
+        return (found[0].index, found[0].split, found[0].reason) if found else None
 
     assert reason(chat, PAIR) is None
     assert reason(tokenizer, replace(PAIR, chosen=" <|im_end|>")) is None, "without a template it is text"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dpo_helpers.errors import ArtefactError
 from dpo_helpers.run import disk
+from dpo_helpers.run.checkpoints import Checkpoints
 from dpo_helpers.run.disk import changed_keys, file_hash, load_manifest, set_aside, write_text, writing
 
 
@@ -143,6 +144,15 @@ def test_changed_keys_lists_exactly_what_differs():
     assert changed_keys(old, {"beta": 1.0, "plan": {"a": 1}, "new": (1, 2)}) == [
         "beta: 0.5 → 1.0", "gone: 1 → None", "new: None → [1, 2]",
     ]  # fmt: skip
+    assert changed_keys({"x": float("nan")}, {"x": float("nan")}) == [], "it is not another one at each call"
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path):
+    halves = [tmp_path / f"dpo.unfinished/.step-{step:06d}-abcd1234" for step in (5, 50, 1250)]
+    for half in halves:
+        half.mkdir(parents=True)
+    assert Checkpoints(tmp_path / "dpo", {}).newest() is None
+    assert not any(half.exists() for half in halves)
 
 
 def test_write_text_leaves_no_part(tmp_path):

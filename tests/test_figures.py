@@ -729,6 +729,7 @@ def test_a_line_joins_only_what_was_measured_alike(drawn):
     lines = {tuple(line.get_xdata()) for line in drawn[-1].axes[0].lines}
     assert (0.0, *(row["kl"] for row in rows)) in lines
     assert (0.0, rows[0]["kl"]) in lines
+    figures.plot_frontier({"β = 1": [{**ends[0], "kl_se": math.nan}]}, MODELS["reference"])  # of a single prompt
     figures.plot_plane_filling({"β = 1": ends}, MODELS["reference"])
     assert not any(3.0 in line.get_xdata() for axis in drawn[-1].axes for line in axis.lines)
 

@@ -60,6 +60,17 @@ def test_no_prompt_is_on_both_sides(tmp_path):
     assert {p.prompt for p in found.train}.isdisjoint(p.prompt for p in found.held_out)
 
 
+def test_few_prompts_behind_the_held_out_pairs_are_said(tmp_path, capsys):
+    load_pairs(settings(write(tmp_path / "d.jsonl", ROWS)))
+    assert "too small" not in capsys.readouterr().out
+    rows = [r | {"chosen": r["chosen"] + f" {i}"} for r in ROWS for i in range(6)]
+    found = load_pairs(settings(write(tmp_path / "e.jsonl", rows)))
+    few = f"the {len(found.held_out)} held-out pairs of e.jsonl have {len({p.prompt for p in found.held_out})} prompts"
+    assert (
+        f"{few}: standard errors and intervals take pairs for independent, and are too small" in capsys.readouterr().out
+    )
+
+
 def test_prompts_that_differ_in_blanks_alone_are_on_one_side():
     """A chat template strips them: the same question would be trained on and measured."""
     pairs = [Pair(f"\n\nHuman: {i}?{end}\n\nAssistant:", " a", " b", i) for i in range(40) for end in ("", " ", "\n")]

@@ -379,9 +379,15 @@ def test_what_is_kept_of_frozen_blocks_serves_no_other_model_and_no_other_pairs(
     settings, eos = replace(small, freeze_layers=2), SimpleNamespace(eos_token_id=0)
     data = trained.Data(None, pairs(), pairs(seed=1), eos, "one", "")
     cut = replace(data, train=[replace(pair, prompt=pair.prompt[1:]) for pair in data.train])
+    other_norms = tiny_gpt2(1)  # the same weights
+    other_norms.config.layer_norm_epsilon = 0.5
+    for module in other_norms.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.5
     for model, of, part, how in (
         (tiny_gpt2(), data, "train", settings),
         (tiny_gpt2(1), data, "train", settings),
+        (other_norms, data, "train", settings),
         (tiny_gpt2(1), data, "held_out", settings),
         (tiny_gpt2(1), replace(data, train=pairs(seed=2), sha256="another"), "train", settings),
         (tiny_gpt2(1), data, "train", settings),

@@ -6,11 +6,12 @@ begins; the answer follows, then the one token that ends a turn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ModelError
 from ..hh import ASSISTANT, HUMAN, Finding, Pair, as_messages
-from ..tokens import encode_texts, has_template, prompt_texts
+from ..tokens import TODAY, encode_texts, has_template, prompt_texts
 from .sources import first_line
 
 ANSWER = "An answer."
@@ -40,6 +41,8 @@ def end_of_turn(tokenizer: Any, name: str) -> str:
     if end.strip() and end[0].isspace():
         raise _refused(name, f"writes {end[:40]!r} behind an answer, blanks first")
     end = end.strip() or str(tokenizer.eos_token or "")
+    if not end:
+        raise _refused(name, "ends an answer with nothing, and the tokenizer has no end-of-text")
     if len(encode_texts(tokenizer, [end], special=True)[0]) > 1:
         raise _refused(name, f"ends an answer with {end[:40]!r}, which is more than one token")
     return end
@@ -53,15 +56,20 @@ def rendered(tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
     """A prompt in HH's text as the chat template renders it: alone, and with its answer."""
     (alone,) = prompt_texts(tokenizer, [prompt])
     messages = [*as_messages(prompt), {"role": "assistant", "content": answer.strip()}]
-    return alone, str(tokenizer.apply_chat_template(messages, tokenize=False))
+    template = TODAY + tokenizer.get_chat_template()
+    return alone, str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
 
 
-def unrendered(tokenizer: Any, pair: Pair, split: str) -> Finding | None:
-    """Why a chat template cannot render a pair, if so; without a template there is nothing to say."""
+def unrendered(tokenizer: Any, pairs: Sequence[Pair], split: str) -> list[Finding]:
+    """The pairs that a chat template cannot render, and why; none without a template."""
     if not has_template(tokenizer):
-        return None
+        return []
     added, end = tokenizer.added_tokens_decoder.values(), tokenizer.eos_token
     special = [token.content for token in added if token.special or token.content == end]
+    return [found for pair in pairs if (found := _unrendered(tokenizer, special, pair, split))]
+
+
+def _unrendered(tokenizer: Any, special: Sequence[str], pair: Pair, split: str) -> Finding | None:
     for text in (pair.prompt, pair.chosen, pair.rejected):
         if held := next((token for token in special if token in text), None):
             return Finding(pair.index, f"holds {held}, which the chat template gives a meaning", split=split)

@@ -75,7 +75,7 @@ def check_model(model: Any, length: int) -> None:
         (alone, beside, "change with the texts beside it", "a dynamic RoPE does that: take another rope_type"),
         (alone, again, "change with the texts before it", "they cannot be compared"),
         (alone[:-1], later[:-1], "depend on what comes later", "only a causal language model writes responses"),
-        (scored, sampled, "change with padding on its left", "samples would be of another distribution"),
+        (scored, sampled, "change where it is sampled in a batch", "samples would be of another distribution"),
     ):
         apart = (one - other).abs().max().nan_to_num(torch.inf)
         if apart > NOISE * one.std() + LAST_DIGITS * one.abs().max():
@@ -105,7 +105,12 @@ def _check_reads(model: Any, length: int) -> None:
 
 
 def _sample(model: Any, ids: Tensor, short: int) -> tuple[Tensor, Tensor]:
-    """Two tokens after the first row's first ones: their log-probabilities, [2, V], and the row with one of them."""
-    prompts, seen = [ids[0, :short].tolist(), ids[1].tolist()], list[Tensor]()
-    drawn = continued(model, prompts, torch.zeros(2, 2, device=model.device), eos=-1, temperature=0, seen=seen)
-    return torch.stack(seen)[:, 0].float().log_softmax(dim=-1), torch.cat([ids[:1, :short], drawn[:1, :1]], dim=1)
+    """Two tokens after the first row's first ones: their log-probabilities, [2, 2, V], and the row with one of them.
+
+    As in a run, the prompt comes twice and is run once, beside one that ends at its first token and leaves the batch.
+    """
+    first, seen = ids[0, :short].tolist(), list[Tensor]()
+    uniforms = torch.tensor([[0.0, 0.0], *[[1 - 1e-6, 0.0]] * 2], device=model.device)  # the first token, or the last
+    drawn = continued(model, [ids[1].tolist(), first, first], uniforms, eos=0, temperature=1, seen=seen)
+    logps = torch.stack(seen, dim=1)[1:].float().log_softmax(dim=-1)
+    return logps, torch.cat([ids[:1, :short], drawn[1:2, :1]], dim=1)

@@ -69,7 +69,7 @@ class Checkpoints:
         return None if step < 0 else self._read(step)
 
     def _find(self) -> int | None:
-        remove_halves(self._at("*"))
+        remove_halves(self.folder / "step-*")
         steps = self.steps()
         if steps and not self.resume:
             print(one_line(f"{self.folder.name}: not resumed, set aside as {set_aside(self.folder).name}"))
@@ -99,8 +99,8 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def _at(self, step: int | str) -> Path:
-        return self.folder / f"step-{step:0>6}"
+    def _at(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
 
     def _read(self, step: int) -> TrainState:
         folder = self._at(step)

@@ -169,7 +169,7 @@ def writing(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Draft]:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         hashes = {p.relative_to(temporary).as_posix(): file_hash(p) for p in files}
         manifest = {"made_from": dict(made_from), "about": draft.about, "files": hashes}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         (temporary / SEAL).write_text(json_hash(manifest) + "\n", encoding="utf-8")
         for path in files:  # safetensors gives its own to their owner alone, whatever the umask says
             path.chmod(stat.S_IMODE((temporary / SEAL).stat().st_mode))
@@ -246,7 +246,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         before, after = old.get(key), plain.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changes += changed_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
+        elif json.dumps(before, sort_keys=True) != json.dumps(after, sort_keys=True):  # NaN is NaN here
             changes.append(f"{prefix}{key}: {_short(before)} → {_short(after)}")
     return changes
 

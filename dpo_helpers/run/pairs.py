@@ -183,7 +183,7 @@ def hold_out(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list
     """
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(f"hold-out-{seed}").shuffle(prompts)
-    words = {prompt: " ".join(prompt.split()) for prompt in prompts}
+    words = {prompt: _words(prompt) for prompt in prompts}
     sizes = Counter(words[pair.prompt] for pair in pairs)
     held, chosen = 0, set[str]()
     for prompt in prompts:
@@ -193,6 +193,10 @@ def hold_out(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list
         chosen.add(words[prompt])
     sides = [[p for p in pairs if (words[p.prompt] in chosen) == side] for side in (False, True)]
     return sides[0], sides[1]
+
+
+def _words(prompt: str) -> str:
+    return " ".join(prompt.split())
 
 
 def _draw(pairs: list[Pair], count: int | None, seed: int, what: str) -> list[Pair]:
@@ -230,8 +234,8 @@ def load_pairs(settings: Settings) -> PairData:
         else:
             held_out, more = parse_rows(test, allow_dropped=allow, split="held_out")
             findings = findings + more
-            seen = {pair.prompt for pair in held_out}
-            train = [pair for pair in train if pair.prompt not in seen]
+            seen = {_words(pair.prompt) for pair in held_out}
+            train = [pair for pair in train if _words(pair.prompt) not in seen]
     except RowsError as error:
         raise RowsError(f"{name}: {error}", error.findings) from error
     except DataError as error:
@@ -242,6 +246,9 @@ def load_pairs(settings: Settings) -> PairData:
         raise DataError(
             f"{name}: too few pairs: {len(train)} to train on and {len(held_out)} held out; lower --held-out-pairs"
         )
+    if (prompts := len({pair.prompt for pair in held_out})) < len(held_out) / 2:
+        few = f"the {len(held_out)} held-out pairs of {label} have {prompts} prompts"
+        print(one_line(f"{few}: standard errors and intervals take pairs for independent, and are too small"))
     return PairData(train, held_out, findings, label)
 
 
@@ -257,8 +264,8 @@ def fit_pairs(
 
     def _fit(pairs: list[Pair], split: str) -> tuple[list[Pair], list[EncodedPair]]:
         kept, ids_of = list[Pair](), list[EncodedPair]()
-        refused = {pair.index: why for pair in pairs if (why := unrendered(tokenizer, pair, split))}
-        dropped, total = list(refused.values()), len(pairs)
+        dropped, total = unrendered(tokenizer, pairs, split), len(pairs)
+        refused = {finding.index for finding in dropped}
         pairs = [pair for pair in pairs if pair.index not in refused]
         longest = max((len(pair.prompt + pair.chosen + pair.rejected) for pair in pairs), default=1)
         encoded = encode_pairs(

@@ -179,9 +179,11 @@ def scorer_of(settings: Settings, data: Data, model: Any, part: str) -> Scorer:
     if not settings.freeze_embeddings or not is_known(model):
         _say_plain("the embeddings train" if is_known(model) else f"model type {model.config.model_type}")
         return PlainScorer(pairs, data.pad_id)
-    weights = weights_hash(frozen_part(model, settings.freeze_layers))
+    # what they compute is in no weight alone: RoPE's base, the norms' epsilon
+    configuration = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    frozen = weights_hash(frozen_part(model, settings.freeze_layers)), json_hash(configuration)
     lengths = settings.max_length, settings.max_prompt_length
-    same = (weights, data.sha256, lengths, settings.freeze_layers, settings.trunk_gb, compute_of(settings))
+    same = (frozen, data.sha256, lengths, settings.freeze_layers, settings.trunk_gb, compute_of(settings))
     if (same, part) not in _FAST:
         for key in [key for key in _FAST if key[0] != same]:
             del _FAST[key]

@@ -118,6 +118,12 @@ def test_lines_that_are_no_json_are_rows_with_a_reason(tmp_path):
     }
 
 
+def test_an_array_that_is_nested_too_deep_is_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "d.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"d\.json cannot be read: maximum recursion depth"):
+        load_pairs(load_settings("mini", dataset=str(tmp_path / "d.json")))
+
+
 # --- no crash, no silent change of text -----------------------------------------------------------------------------
 
 json_values = st.recursive(

@@ -11,6 +11,7 @@ import pytest
 from dpo_helpers.errors import DataError
 from dpo_helpers.run.pairs import data_identity, load_pairs
 from dpo_helpers.run.rows import MAX_ROW
+from dpo_helpers.run.stages import get_data
 from dpo_helpers.settings import load_settings
 from dpo_helpers.worlds.embedded import preference_rows
 
@@ -44,6 +45,24 @@ def folder(tmp_path):
     held_out = "".join(json.dumps(row) + "\n" for row in ROWS[60:])
     (base / "harmless-base/test.jsonl.gz").write_bytes(gzip.compress(held_out.encode()))
     return base
+
+
+def test_a_prompt_of_the_test_split_is_not_trained_on_with_other_blanks_either(folder):
+    spaced = [row | {key: row[key].replace("\n\nHuman: ", "\n\nHuman:  ") for key in row} for row in ROWS[60:]]
+    (folder / "harmless-base/train.jsonl.gz").write_bytes(
+        gzip.compress((LINES + "".join(json.dumps(row) + "\n" for row in spaced)).encode())
+    )
+    assert texts(load(folder).train) <= {row["chosen"] for row in ROWS[:60]}
+
+
+def test_a_data_file_whose_name_is_no_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"donn\xe9es.jsonl")
+    try:
+        path.write_text(LINES)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    here = {"held_out_pairs": 10, "max_pairs": 20, "runs_dir": str(tmp_path / "runs")}
+    assert len(get_data(load_settings("mini", dataset=str(path), **here)).train) == 20
 
 
 def test_a_folder_with_its_own_split(folder):

@@ -1,7 +1,9 @@
 """9 Out of memory: the micro-batch halves, the passes double, the update stays; at the floor a clear error."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -87,6 +89,28 @@ def test_out_of_memory_after_part_of_a_gradient_counts_nothing_twice(cpu):
     for key in ("loss", "grad_norm"):
         failed, whole = ([row[key] for row in rows[:2]] for _, _, rows in runs)
         assert failed == pytest.approx(whole, rel=1e-5, abs=1e-5), key
+
+
+def test_a_backward_pass_that_ran_out_of_memory_leaves_nothing_of_its_graph(cpu):
+    """It would take the room that the smaller parts need."""
+
+    class FailsBackward(PlainScorer):
+        graphs: ClassVar[list] = []
+
+        def __call__(self, model, at, sides=BOTH):
+            assert not any(graph() is not None for graph in self.graphs)
+            found = super().__call__(model, at, sides)
+            self.graphs += map(weakref.ref, found)
+            if len(self.graphs) == 2:
+                found[0].register_hook(self.fail)
+            return found
+
+        def fail(self, _):
+            raise CUDA
+
+    scorer = FailsBackward(data := pairs(12), 0)
+    run(cpu, DPOObjective(scored(tiny_gpt2(), data, cpu), 0.5), data, scorer=scorer)
+    assert len(scorer.graphs) == 2 * (1 + 2 * 6), "4 pairs, then two parts of 2 for each of six updates"
 
 
 @pytest.mark.parametrize("error", [CUDA, CPU])

@@ -203,7 +203,7 @@ def plot_frontier(runs: Mapping[str, Sequence[MetricsRow]], reference: Evaluatio
             _path(axis, [row for row in rows if key in row], key, reference.metrics[key], name)
         title = {"true_reward": "True reward of samples", "reward_margin": "Implicit reward margin, held out"}[key]
         axis.set(xlabel="KL(π_θ‖π_ref), nats per response", ylabel=key.replace("_", " "), title=title)
-        scale_kl(axis, max(row["kl"] + row.get("kl_se", 0.0) for rows in runs.values() for row in rows))
+        scale_kl(axis, max(row["kl"] + np.nan_to_num(row.get("kl_se", 0.0)) for rows in runs.values() for row in rows))
         plot_start(axis, reference.metrics[key])
     legend(figure)
     ends = ", ".join(f"{name} {rows[-1][keys[0]]:.2f} at KL {rows[-1]['kl']:.2f}" for name, rows in runs.items())
