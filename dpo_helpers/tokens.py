@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import DataError
 from .hh import Pair, as_messages
 
-TODAY = "{% macro strftime_now(_) %}26 Jul 2024{% endmacro %}"  # before a template: ids do not change with the day
+TODAY = "{% macro strftime_now(_) %}26 Jul 2024{% endmacro %}\n"  # before a template: ids do not change with the day
 
 
 @dataclass(frozen=True)

@@ -169,12 +169,6 @@ def train(
     batches = list(batch_order(len(pairs), plan.batch_size, plan.epochs, plan.seed))
     rows = watch.begin(model, optimizer, gradient, len(batches))
     done = sum(row["split"] == "train" for row in rows)
-
-    def _losses(part: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:  # no name in the loop keeps their graph alive
-        with compute.autocast():
-            logps = scorer(model, part, objective.sides)  # log π_θ(y | x), [B] for each side
-            return objective(part, *logps)  # losses and metrics, [B] each
-
     bar = tqdm(range(done, len(batches)), desc=name, unit="update", initial=done, total=len(batches))
     with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
         for step in bar:
@@ -183,7 +177,11 @@ def train(
             optimizer.zero_grad()
             for part in gradient.parts(pairs, at, step):
                 with gradient.attempt():
-                    gradient.backward(*_losses(part))
+                    with compute.autocast():
+                        logps = scorer(model, part, objective.sides)  # log π_θ(y | x), [B] for each side
+                        losses, metrics = objective(part, *logps)  # [B] each
+                    gradient.backward(losses, metrics)
+                logps = losses = metrics = None  # type: ignore[assignment]  # or the graph of a part that failed stays
             means = gradient.finish(optimizer)
             norm = clip_grad_norm_(parameters, plan.max_grad_norm)
             rate = plan.learning_rate * rate_factor(step, len(batches), plan)

@@ -17,7 +17,7 @@ from dpo_helpers.errors import DataError, ModelError
 from dpo_helpers.hh import Pair, as_messages
 from dpo_helpers.run import outputs, stages
 from dpo_helpers.run.chat import end_of_turn, rendered, unrendered
-from dpo_helpers.run.loading import load_tokenizer
+from dpo_helpers.run.loading import load_tokenizer, tokenizer_hash
 from dpo_helpers.settings import load_settings
 from dpo_helpers.tokens import encode_pair, encode_prompts, encode_text, prompt_texts, start_ids
 
@@ -170,6 +170,16 @@ def test_a_template_that_prints_the_date_renders_the_same_every_day(tokenizer):
     assert prompt_texts(dated, [PAIR.prompt])[0].startswith("26 Jul 2024<|im_start|>")
     alone, whole = rendered(dated, PAIR.prompt, PAIR.chosen)
     assert whole.startswith(alone)
+    assert tokenizer_hash(dated) != tokenizer_hash(with_template(tokenizer, CHATML))
+
+
+@pytest.mark.parametrize("before", ["", "\n", "  ", "{%- set x = 1 %}\n"])
+def test_what_tells_a_template_the_date_changes_nothing_else(tokenizer, before):
+    chat = with_template(tokenizer, before + CHATML)
+    messages = as_messages(PAIR.prompt)
+    assert prompt_texts(chat, [PAIR.prompt]) == [
+        chat.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ]
 
 
 def test_pairs_that_cannot_be_rendered_are_findings(tokenizer, chat):

@@ -145,6 +145,7 @@ def test_changed_keys_lists_exactly_what_differs():
         "beta: 0.5 → 1.0", "gone: 1 → None", "new: None → [1, 2]",
     ]  # fmt: skip
     assert changed_keys({"x": float("nan")}, {"x": float("nan")}) == [], "it is not another one at each call"
+    assert changed_keys({"beta": 5.0, "betas": [1.0]}, {"beta": 5, "betas": (1,)}) == [], "the same training"
 
 
 def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path):

@@ -174,8 +174,7 @@ def test_a_real_run_is_read_from_its_folder(small, start):
     run = read_run(settings.run_dir)
     assert (len(run.training), run.held_out[0]["step"], run.made_from["beta"]) == (3, 0, 0.5)
     found = verdicts(run)
-    assert found[4] == found[13] == "no sign"
-    assert found[5] == ("no sign" if start == "base" else "cannot tell")
+    assert found[4] == found[5] == found[13] == "no sign"
     assert read_run(settings.run_dir / "sft").folder.name == "sft"
     scores_file = settings.run_dir / "dpo/logprobs.safetensors"
     scores_file.write_bytes((settings.run_dir / "sft/logprobs.safetensors").read_bytes())

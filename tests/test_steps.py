@@ -402,6 +402,17 @@ def test_what_is_kept_of_frozen_blocks_serves_no_other_model_and_no_other_pairs(
     assert len({id(scorer) for scorer in trained._FAST.values()}) == 1, "of the latest frozen blocks"
 
 
+def test_what_is_kept_serves_a_model_before_and_after_it_is_saved(small, monkeypatch):
+    """Saving writes the kind of model into its configuration, and opening the folder."""
+    monkeypatch.setattr(trained, "_FAST", {})
+    data = trained.Data(None, pairs(), pairs(seed=1), SimpleNamespace(eos_token_id=0), "one", "")
+    found, saved = tiny_gpt2(), tiny_gpt2()
+    found.config.architectures, saved.config.architectures = None, ["GPT2LMHeadModel"]
+    found.config._name_or_path, saved.config._name_or_path = "a.gguf", "runs/reference"
+    settings = replace(small, freeze_layers=2)
+    assert trained.scorer_of(settings, data, found, "train") is trained.scorer_of(settings, data, saved, "train")
+
+
 def test_a_model_of_another_family_takes_the_plain_path_and_says_so_once(small, monkeypatch, capsys):
     monkeypatch.setattr(trained, "_FAST", {})
     trained._say_plain.cache_clear()

@@ -114,9 +114,9 @@ def _read_run(folder: Path) -> Run:
 
 def _read_model(model: Path, run: Path) -> Run:
     rows, manifest = read_jsonl(model / METRICS), _json(model / MANIFEST)
-    start = manifest.get("made_from", {}).get("reference")
-    is_from_sft = start is not None and start == _json(run / "sft" / MANIFEST).get("about", {}).get("weights_sha256")
-    pi_ref = run / ("sft" if is_from_sft else "reference")
+    start = manifest.get("about", {}).get("settings", {}).get("init_from")
+    is_dpo = "beta" in manifest.get("made_from", {})
+    pi_ref = run / ("sft" if is_dpo and start == "sft" else "reference")
     scores, reference = (load_scores(p, "held_out") if (p / LOGPROBS).is_file() else None for p in (model, pi_ref))
     current = [p for p in (run / "evaluation").glob("*") if ".old-" not in p.name]
     evaluations = {p.name: _json(p / "metrics.json") for p in current}
@@ -200,7 +200,7 @@ def _start(run: Run) -> tuple[bool, str] | None:
 def _reference(run: Run) -> tuple[bool, str] | None:
     start = run.made_from.get("reference")
     reference = run.reference_about.get("weights_sha256")
-    if not start or not reference or run.about.get("settings", {}).get("init_from") == "sft":
+    if not start or not reference:
         return None
     return start != reference, f"the policy started from {start[:12]}, the reference's weights are {reference[:12]}"
 
@@ -295,7 +295,7 @@ SIGNS: dict[int, tuple[Sign, str]] = {
     2: (_beta_order, "needs the measured KL of two β or more"),
     3: (_stuck, "needs ten logged training losses of the sigmoid loss"),
     4: (_start, "needs rewards logged at step 0 or 1"),
-    5: (_reference, "needs the hashes of start and reference, both from the plain model"),
+    5: (_reference, "needs the hashes of start and reference"),
     6: (lambda run: (False, "tokenised apart by this course") if run.made_from else None, "needs the run's token ids"),
     7: (_ends, "needs measured samples (evaluation/)"),
     8: (_truncation, "needs the number of cut pairs"),

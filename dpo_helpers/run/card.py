@@ -32,7 +32,8 @@ def _code(text: str) -> str:
 MARKERS = 'Prompts have the form `"\\n\\nHuman: …\\n\\nAssistant:"`; `tokenizer(prompt)` begins them as in training.'
 TEMPLATE = (
     "Prompts are messages, rendered by the tokenizer's chat template as in training: "
-    "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`."
+    "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`, but with the date of 26 July 2024 where it "
+    "prints today's."
 )
 
 
@@ -75,8 +76,8 @@ def model_card(
 
 ## Measured
 
-Means with standard errors; KL and text on the model's own samples at temperature 1, rewards on held-out pairs
-against the model that DPO started from, whose own are 0, so its accuracy says nothing.
+Means with standard errors; KL and text on the model's own samples at temperature 1, rewards on held-out pairs,
+against the model that DPO started from: its own rewards are 0, and its accuracy says nothing.
 
 {table}
 

@@ -25,7 +25,8 @@ def end_of_turn(tokenizer: Any, name: str) -> str:
     """The token that the chat template ends an answer with: its text. Of a template that ends it with none, the eos.
 
     ModelError, which names the model, where the template cannot render a dialogue, renders a prompt otherwise once its
-    answer follows, writes something of its own between them, or ends an answer with several tokens.
+    answer follows, writes something of its own between them, or ends an answer with several tokens, or with none where
+    the tokenizer has no end-of-text either.
     """
     end = ""
     for dialogue in DIALOGUES:

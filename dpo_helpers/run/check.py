@@ -110,7 +110,7 @@ def _sample(model: Any, ids: Tensor, short: int) -> tuple[Tensor, Tensor]:
     As in a run, the prompt comes twice and is run once, beside one that ends at its first token and leaves the batch.
     """
     first, seen = ids[0, :short].tolist(), list[Tensor]()
-    uniforms = torch.tensor([[0.0, 0.0], *[[1 - 1e-6, 0.0]] * 2], device=model.device)  # the first token, or the last
-    drawn = continued(model, [ids[1].tolist(), first, first], uniforms, eos=0, temperature=1, seen=seen)
+    uniforms = torch.tensor([[0.0, 0.0], *[[0.5, 0.0]] * 2], device=model.device)  # the first token, one in the middle
+    drawn = continued(model, [ids[1].tolist(), first, first], uniforms, eos=0, temperature=1000, seen=seen)
     logps = torch.stack(seen, dim=1)[1:].float().log_softmax(dim=-1)
     return logps, torch.cat([ids[:1, :short], drawn[1:2, :1]], dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..settings import Settings
-from ..tokens import has_template, start_ids
+from ..tokens import TODAY, has_template, start_ids
 from .chat import end_of_turn
 from .sources import UNSAFE, Source, fetched, first_line, opening, source_of
 
@@ -198,6 +198,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     else:
         definition = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
     template = f"{tokenizer.chat_template} " if has_template(tokenizer) else ""
+    if "strftime_now" in template:
+        template += TODAY
     return hashlib.sha256(f"{tokenizer.eos_token_id} {template}{definition}".encode()).hexdigest()
 
 

@@ -180,7 +180,8 @@ def scorer_of(settings: Settings, data: Data, model: Any, part: str) -> Scorer:
         _say_plain("the embeddings train" if is_known(model) else f"model type {model.config.model_type}")
         return PlainScorer(pairs, data.pad_id)
     # what they compute is in no weight alone: RoPE's base, the norms' epsilon
-    configuration = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    of_saving = ("_name_or_path", "architectures")  # what `save_model` changes
+    configuration = {key: value for key, value in model.config.to_dict().items() if key not in of_saving}
     frozen = weights_hash(frozen_part(model, settings.freeze_layers)), json_hash(configuration)
     lengths = settings.max_length, settings.max_prompt_length
     same = (frozen, data.sha256, lengths, settings.freeze_layers, settings.trunk_gb, compute_of(settings))
