@@ -40,9 +40,11 @@ def bootstrap_mean(
     """
     x = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(x), (resamples, len(x)), generator=generator)
+    most = max(1, 10**7 // len(x))  # resamples drawn at a time: 160 MB
+    counts = [min(most, resamples - start) for start in range(0, resamples, most)]
+    means = [x[torch.randint(len(x), (n, len(x)), generator=generator)].mean(dim=1) for n in counts]
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = x[drawn].mean(dim=1).quantile(tails).tolist()
+    low, high = torch.cat(means).quantile(tails).tolist()
     return Interval(x.mean().item(), low, high, level)
 
 

@@ -28,6 +28,17 @@ def test_a_resample_has_as_many_values_as_the_sample():
     assert str(bootstrap_mean([0.0, 1.0])) == "0.50 [0.00, 1.00]"
 
 
+def test_a_large_sample_is_drawn_in_parts_and_alike(monkeypatch):
+    """100,000 values 100 times at a time; with 1,000,000 all draws at once would take 32 GB."""
+    x, randint, sizes = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).double(), torch.randint, []
+    monkeypatch.setattr(torch, "randint", lambda n, size, **how: sizes.append(size) or randint(n, size, **how))
+    found = bootstrap_mean(x, resamples=250)
+    assert sizes == [(100, 100_000), (100, 100_000), (50, 100_000)]
+    drawn = randint(len(x), (250, len(x)), generator=torch.Generator().manual_seed(0))
+    low, high = x[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
+
+
 def test_coverage():
     """Of 200 samples of 60 coin flips with p = 0.7, about 95 % of the intervals hold 0.7; 50 % ones hold it about half."""
     generator = torch.Generator().manual_seed(1)
