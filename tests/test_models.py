@@ -229,7 +229,7 @@ def test_missing_gguf(tmp_path):
         load_model(load_settings("mini", model=str(tmp_path / "x.gguf")))
 
 
-@pytest.mark.parametrize("name", ["no/such/path/here", "../../x", "a b"])
+@pytest.mark.parametrize("name", ["no/such/path/here", "../../x", "./here", "a b"])
 def test_neither_path_nor_hub_id(name):
     with pytest.raises(CourseError, match="neither an existing path nor a Hub id"):
         load_model(load_settings("mini", model=name))

@@ -30,7 +30,7 @@ SUFFIXES = (*ROWS, ".json", ".csv")  # of data
 FILES = (*SUFFIXES, *UNSAFE, ".gguf")  # a name that ends so is meant as a file, also where there is none
 SILENCE = 30.0  # seconds without a byte from the Hub after which it is given up
 PATIENCE = 5.0  # seconds after which a line says that the Hub is waited for
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "./model" is a path
 
 
 @dataclass(frozen=True)
