@@ -246,7 +246,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         before, after = old.get(key), plain.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changes += changed_keys(before, after, f"{prefix}{key}.")
-        elif before != after and json.dumps(before) != json.dumps(after):  # 1.0 is 1 for one, NaN is NaN for the other
+        elif before != after and json.dumps(before) != json.dumps(after):  # 5.0 is 5 by one, NaN is NaN by the other
             changes.append(f"{prefix}{key}: {_short(before)} → {_short(after)}")
     return changes
 

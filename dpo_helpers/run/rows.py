@@ -60,14 +60,8 @@ def read_rows(*paths: Path) -> Iterator[object]:
                     raise _too_much(path)
                 if row is not _BLANK:
                     yield row
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            RecursionError,
-            zlib.error,
-            MemoryError,
-        ) as error:  # of a damaged file, or of the disk
+        except (OSError, EOFError, ValueError, RecursionError, zlib.error, MemoryError) as error:
+            # of a damaged file, or of the disk
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"{path} cannot be read: {first}; get the file again") from error
 
